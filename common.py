@@ -1,0 +1,663 @@
+"""What the stages of MKDT must agree on: data sets, networks, SSL losses, views, the student as a vector, the probe, files.
+
+A definition stands here when two stages would stop fitting together without it, or when it is an equation of the
+paper (Joshi, Ni, Mirzasoleiman, "Dataset Distillation via Knowledge Distillation", ICLR 2025). The training loops are
+in the scripts.
+
+Letters in shapes: N real images, S synthetic images, B images of a batch, C channels, H x W pixels, D dimension of the
+targets (the teacher's representation), F student features, P student parameters, E expert epochs, K experts.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shlex
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torchvision.datasets.utils import download_url, extract_archive
+from torchvision.models.resnet import BasicBlock
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+
+def fail(message):
+    """End the program with one line on stderr and exit status 2: for everything that the user can put right."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Dataset(NamedTuple):
+    """A row of the table below."""
+
+    size: int  # pixels; images are squashed to size x size, the aspect ratio is not kept (as the authors do)
+    mean: tuple | None  # of the channels, in [0, 1]; None: measured on the training images
+    std: tuple | None
+    flip: bool = True  # whether a mirrored image is still an image of the same thing
+
+
+# Sizes and statistics are those of the authors' code; every set is evaluated at its own size, also by an encoder that
+# was pre-trained at another (the convolutions do not mind, the number of features F changes).
+DATASETS = {
+    "digits": Dataset(16, None, None, flip=False),
+    "cifar10": Dataset(32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": Dataset(32, (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
+    "tinyimagenet": Dataset(64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "aircraft": Dataset(32, (0.4804, 0.5116, 0.5349), (0.2021, 0.1953, 0.2297)),
+    "cub2011": Dataset(32, (0.4857, 0.4995, 0.4324), (0.2145, 0.2098, 0.2496)),
+    "dogs": Dataset(32, (0.4765, 0.4516, 0.3911), (0.2490, 0.2435, 0.2479)),
+    "flowers": Dataset(32, (0.4329, 0.3820, 0.2965), (0.2828, 0.2333, 0.2615)),
+    "imagefolder": Dataset(32, None, None),
+}
+
+# The archives that torchvision has no class for: (URL, MD5).
+ARCHIVES = {
+    "tinyimagenet": [
+        ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
+    ],
+    "cub2011": [
+        (
+            "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+            "97eceeb196236b17998738112f37df78",
+        ),
+    ],
+    "dogs": [
+        ("http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", "1bb1f2a596ae7057f99d7d75860002ef"),
+        ("http://vision.stanford.edu/aditya86/ImageNetDogs/lists.tar", "edbb9f16854ec66506b5f09b583e0656"),
+    ],
+}
+
+# Where torchvision's own classes look for what they download: (URL, folder below data_dir), for the error message.
+TORCHVISION_ARCHIVES = {
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "."),
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "."),
+    "aircraft": (
+        "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
+        ".",
+    ),
+    "flowers": (
+        "https://thor.robots.ox.ac.uk/flowers/102/102flowers.tgz (and imagelabels.mat, setid.mat beside it)",
+        "flowers-102",
+    ),
+}
+
+
+class ImageSet(NamedTuple):
+    """One split of a data set, on the CPU."""
+
+    images: torch.Tensor  # (N, C, H, W) uint8
+    labels: torch.Tensor  # (N,) int64
+    mean: torch.Tensor  # (C,) of the pixels in [0, 1]; the training split's serve both splits
+    std: torch.Tensor  # (C,)
+
+
+def parse_dataset(name, data_dir):
+    """Split a data set's name into its row of DATASETS and its folder: "imagefolder:DIR" names a folder of its own.
+
+    Returns (key, folder); exits when the name is not in the table.
+    """
+    key, _, folder = name.partition(":")
+    if key not in DATASETS or (folder and key != "imagefolder"):
+        fail(f"data set {name!r} is unknown: choose one of {', '.join(DATASETS)} or imagefolder:DIR")
+    return key, Path(folder or data_dir)
+
+
+def load_images(name, split, data_dir, image_size=None, limit=None):
+    """Read one split of a data set into memory as uint8.
+
+    Args:
+        name: a key of DATASETS, or "imagefolder:DIR" for DIR/{train,test}/CLASS/* (plain "imagefolder": DIR = data_dir).
+        split: "train" or "test".
+        data_dir: where downloads go.
+        image_size: pixels, if not the table's; images of another size are resized with PIL's Lanczos filter, squashed.
+        limit: keep only so many images, evenly spaced over the split (to rehearse a run).
+
+    Returns an ImageSet. Exits with one line when the files cannot be had, naming the URL and the folder for them.
+    """
+    key, folder = parse_dataset(name, data_dir)
+    size = image_size or DATASETS[key].size
+    samples = _open_dataset(key, split, folder)
+    keep = range(len(samples))
+    if limit and limit < len(samples):
+        keep = [i * len(samples) // limit for i in range(limit)]
+
+    def decode(i):
+        image, label = samples[i]
+        if image.size != (size, size):
+            image = TF.resize(image, [size, size], interpolation=InterpolationMode.LANCZOS)
+        return TF.pil_to_tensor(image), label
+
+    channels = 1 if key == "digits" else 3
+    images = torch.empty(len(keep), channels, size, size, dtype=torch.uint8)
+    labels = torch.empty(len(keep), dtype=torch.int64)
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
+        for i, (image, label) in enumerate(pool.map(decode, keep)):
+            images[i], labels[i] = image, label
+    mean, std = DATASETS[key].mean, DATASETS[key].std
+    if mean is None:
+        counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(channels)]).double()
+        values, counts = torch.arange(256) / 255, counts / counts.sum(1, keepdim=True)
+        mean = counts @ values.double()
+        std = (counts @ values.double().square() - mean.square()).clamp(min=1e-4).sqrt()
+    return ImageSet(images, labels, torch.as_tensor(mean).float(), torch.as_tensor(std).float())
+
+
+def normalise(images, mean, std):
+    """(B, C, H, W) uint8, or float in [0, 1], to float with the data set's mean and std taken out."""
+    x = images.float() / 255 if images.dtype == torch.uint8 else images
+    return (x - mean.view(-1, 1, 1).to(x.device)) / std.view(-1, 1, 1).to(x.device)
+
+
+def images_id(images):
+    """The fingerprint of a data set's training images, from at most some 1,000 of them and their number."""
+    return fingerprint(torch.tensor(len(images)), images[:: max(1, len(images) // 1000)])
+
+
+def denormalise(images, mean, std):
+    """The inverse of normalise, cut to [0, 1]: for looking at images, and for drawing views of them."""
+    return (images * std.view(-1, 1, 1).to(images.device) + mean.view(-1, 1, 1).to(images.device)).clamp(0, 1)
+
+
+class _Files:
+    """A sequence of (PIL image, label) from paths and labels."""
+
+    def __init__(self, paths, labels):
+        self.paths, self.labels = paths, labels
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            return torchvision.datasets.folder.pil_loader(self.paths[i]), self.labels[i]
+        except (OSError, SyntaxError) as error:  # PIL raises SyntaxError on some broken files
+            fail(f"{self.paths[i]}: cannot be read as an image ({error}); replace it or take it away")
+
+
+def _open_dataset(key, split, folder):
+    """A sequence of (PIL image, label); nothing but its length and the labels' meaning is shared by the sources."""
+    if key == "digits":
+        return _digits(split)
+    if key == "imagefolder":
+        return _image_folder(split, folder)
+    if key in ARCHIVES:
+        root = _unpack(key, folder)
+        try:
+            return {"tinyimagenet": _tiny_imagenet, "cub2011": _cub2011, "dogs": _dogs}[key](split, root)
+        except OSError as error:
+            fail(f"{root}: {key} is not complete there ({error}); remove that folder to have it unpacked again")
+    train = split == "train"
+    tv = torchvision.datasets
+    try:
+        if key == "cifar10":
+            return tv.CIFAR10(folder, train, download=True)
+        if key == "cifar100":
+            return tv.CIFAR100(folder, train, download=True)
+        if key == "aircraft":  # 6,667 images: "trainval", labels by variant
+            return tv.FGVCAircraft(folder, "trainval" if train else "test", "variant", download=True)
+        return tv.Flowers102(folder, split, download=True)  # 1,020 images: "train" without "val", as the authors do
+    except (OSError, RuntimeError) as error:
+        url, place = TORCHVISION_ARCHIVES[key]
+        fail(f"data set {key} is not in {folder} and its download failed ({error}); put {url} into {folder / place}")
+
+
+def _digits(split):
+    """scikit-learn's 1,797 digits of 8 x 8 pixels, enlarged by load_images: the first 1,297 train, the last 500 test.
+
+    The set is in the order of its writers, so the test digits are by other hands.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    part = slice(0, 1297) if split == "train" else slice(1297, None)
+    images = np.round(bunch.images[part] * (255 / 16)).astype(np.uint8)
+    return [(TF.to_pil_image(image), int(label)) for image, label in zip(images, bunch.target[part])]
+
+
+def _image_folder(split, folder):
+    """DIR/{train,test}/CLASS/*, classes in alphabetical order of the training folder."""
+    for part in ("train", split):
+        if not (folder / part).is_dir():
+            fail(f"{folder / part}: no such folder; an image folder is DIR/train/CLASS/* and DIR/test/CLASS/*")
+    try:
+        files = torchvision.datasets.ImageFolder(folder / split)
+        classes, _ = files.find_classes(folder / "train")
+    except (FileNotFoundError, OSError) as error:
+        fail(f"{folder / split}: {error}; an image folder is DIR/train/CLASS/* and DIR/test/CLASS/*")
+    unknown = sorted(set(files.classes) - set(classes))
+    if unknown:
+        fail(f"{folder / split}: class {unknown[0]!r} has no folder in {folder / 'train'}; add it there or remove it")
+    index = [classes.index(name) for name in files.classes]
+    return _Files([path for path, _ in files.samples], [index[label] for _, label in files.samples])
+
+
+def _unpack(key, data_dir):
+    """data_dir/KEY with the data set's archives unpacked; downloads what is not in data_dir yet, checks every MD5."""
+    root = Path(data_dir) / key
+    if not root.exists():
+        partial = root.with_name(key + ".partial")  # moved into place when whole
+        for url, md5 in ARCHIVES[key]:
+            name = url.rsplit("/", 1)[1]
+            try:
+                download_url(url, data_dir, name, md5)  # does nothing when the archive is there and whole
+                extract_archive(os.path.join(data_dir, name), partial)
+            except (OSError, RuntimeError, EOFError) as error:
+                fail(f"data set {key} is not in {data_dir} and the download of {url} failed ({error}); put {name} "
+                     f"(MD5 {md5}) into {data_dir}")
+        partial.rename(root)
+    return root
+
+
+def _tiny_imagenet(split, root):
+    root = root / "tiny-imagenet-200"
+    classes = {wnid: i for i, wnid in enumerate(sorted((root / "wnids.txt").read_text().split()))}
+    if split == "train":
+        paths = [path for wnid in classes for path in sorted((root / "train" / wnid / "images").iterdir())]
+        return _Files(paths, [classes[path.parts[-3]] for path in paths])
+    rows = [line.split("\t")[:2] for line in (root / "val/val_annotations.txt").read_text().splitlines()]
+    return _Files([root / "val/images" / name for name, _ in rows], [classes[wnid] for _, wnid in rows])
+
+
+def _cub2011(split, root):
+    root = root / "CUB_200_2011"
+    columns = [
+        [line.split()[1] for line in (root / name).read_text().splitlines()]
+        for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt")
+    ]
+    wanted = "1" if split == "train" else "0"
+    rows = [(root / "images" / path, int(label) - 1) for path, label, part in zip(*columns) if part == wanted]
+    return _Files([path for path, _ in rows], [label for _, label in rows])
+
+
+def _dogs(split, root):
+    from scipy.io import loadmat  # a dependency of scikit-learn
+
+    lists = loadmat(root / f"{split}_list.mat", squeeze_me=True)
+    return _Files([root / "Images" / str(name) for name in lists["file_list"]], [int(y) - 1 for y in lists["labels"]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def default_depth(image_size):
+    """The paper's depth of the ConvNet: 3 at 32 px, 4 at 64 px (a last map of 4 x 4); never less than 3."""
+    return max(3, round(math.log2(image_size / 4)))
+
+
+class ConvNet(nn.Module):
+    """The student: depth x [3x3 convolution, instance norm, ReLU, 2x2 average pooling], then a linear head to out_dim.
+
+    Instance norm is GroupNorm with a group a channel: no running statistics, so the parameters are the whole network.
+    With out_dim 512 at 32 px it has P = 1,348,608 parameters. features(x) is what the probe sees (paper, appendix A).
+    """
+
+    def __init__(self, out_dim, image_size=32, channels=3, width=128, depth=3):
+        super().__init__()
+        blocks = []
+        for i in range(depth):
+            blocks += [
+                nn.Conv2d(channels if i == 0 else width, width, 3, padding=1),
+                nn.GroupNorm(width, width),
+                nn.ReLU(),
+                nn.AvgPool2d(2),
+            ]
+        self.body = nn.Sequential(*blocks)
+        self.head = nn.Linear(width * (image_size // 2**depth) ** 2, out_dim)
+
+    def features(self, x):
+        """(B, C, H, W) -> (B, F), the flattened last map; F = 2,048 at 32 px and depth 3."""
+        return self.body(x).flatten(1)
+
+    def forward(self, x):
+        """(B, C, H, W) -> (B, out_dim)."""
+        return self.head(self.features(x))
+
+
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet of basic blocks for small images: 3x3 stem of stride 1, no max-pooling, any width.
+
+    blocks (2, 2, 2, 2) is ResNet-18 (the teacher), (1, 1, 1, 1) is ResNet-10. out_dim None: no head, forward(x) is
+    features(x), (B, 8 width).
+    """
+
+    def __init__(self, blocks=(2, 2, 2, 2), out_dim=None, channels=3, width=64, norm_layer=nn.BatchNorm2d):
+        super().__init__(BasicBlock, blocks, norm_layer=norm_layer)
+        self.inplanes = width
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn1 = norm_layer(width)
+        self.maxpool = nn.Identity()
+        for i, n in enumerate(blocks):
+            setattr(self, f"layer{i + 1}", self._make_layer(BasicBlock, width * 2**i, n, stride=1 if i == 0 else 2))
+        for module in self.modules():  # torchvision's initialisation, for the layers just made
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.fc = nn.Identity() if out_dim is None else nn.Linear(8 * width, out_dim)
+
+    def features(self, x):
+        """(B, C, H, W) -> (B, 8 width), averaged over the last map."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.avgpool(x).flatten(1)
+
+    def forward(self, x):
+        return self.fc(self.features(x))
+
+
+# A network as one vector: what trajectories hold, and what distillation differentiates.
+
+
+def flatten(net):
+    """All parameters of net as one new vector (P,), in the order of net.parameters().
+
+    Raises ValueError if net has buffers (BatchNorm's running statistics): a trajectory would not hold them.
+    """
+    if any(True for _ in net.buffers()):
+        raise ValueError("a student with buffers (BatchNorm?) cannot be a trajectory: use a norm without running statistics")
+    return torch.cat([p.detach().reshape(-1) for p in net.parameters()])  # cat copies; a view would go on training
+
+
+def forward_flat(net, theta, x):
+    """net(x) with the parameters theta (P,) in place of net's own; differentiable in theta and x."""
+    names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()))
+    parts = theta.split([shape.numel() for shape in shapes])
+    return torch.func.functional_call(net, {n: part.view(s) for n, part, s in zip(names, parts, shapes)}, (x,))
+
+
+@torch.no_grad()
+def encode(function, images, mean, std, batch_size=500):
+    """function(normalised images) over (N, C, H, W) uint8 images, in batches; (N, ...) on the images' device."""
+    return torch.cat([function(normalise(batch, mean, std)) for batch in images.split(batch_size)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Self-supervised losses and views
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def barlow_twins_loss(z1, z2, off_diagonal):
+    """Barlow Twins (paper, eq. 1): sum_i (1 - F_ii)^2 + off_diagonal sum_{i != j} F_ij^2, for z1, z2 (B, d).
+
+    F is the cross-correlation of the batch; 0 if both views agree and the dimensions are uncorrelated. The standard
+    deviation divides by B, not B - 1, or F_ii of two equal views would be (B - 1) / B.
+    """
+    z1 = (z1 - z1.mean(0)) / (z1.var(0, correction=0) + 1e-12).sqrt()
+    z2 = (z2 - z2.mean(0)) / (z2.var(0, correction=0) + 1e-12).sqrt()
+    correlation = z1.T @ z2 / len(z1)  # (d, d)
+    diagonal = correlation.diagonal()
+    return (1 - diagonal).square().sum() + off_diagonal * (correlation.square().sum() - diagonal.square().sum())
+
+
+def simclr_loss(z1, z2, temperature):
+    """SimCLR's NT-Xent for z1, z2 (B, d): cross-entropy of finding the other view among the 2 B - 1 other images."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    similarity = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
+    other = torch.arange(len(z), device=z.device).roll(len(z1))
+    return F.cross_entropy(similarity, other)
+
+
+def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0, solarize=0.0):
+    """One random view of each image, every image by its own draw, computed as a batch on the images' device.
+
+    Random resized crop, mirror, colour jitter (with probability 0.8) and greyscale (0.2), then blur and solarize.
+
+    Args:
+        images: (B, C, H, W) uint8, or float in [0, 1]; C is 3, or 1 (then colour jitter is brightness and contrast).
+        generator: a torch.Generator of the images' device.
+        min_crop: smallest crop, as a share of the image's area.
+        flip: mirror half of the images.
+        jitter: strength of brightness, contrast, saturation, and hue (in turns).
+        blur, solarize: probabilities.
+
+    Returns (B, C, H, W) float32 in [0, 1], differentiable in images.
+
+    differs: torchvision jitters in a random order, cuts to [0, 1] after each change and turns the hue in HSV. Here the
+    hue is a rotation in YIQ; then brightness, contrast, saturation and hue commute, and one 3x3 matrix and an offset an
+    image are all of them, greyscale (saturation 0) included.
+    """
+    b, channels = images.shape[:2]
+    x = images.float() / 255 if images.dtype == torch.uint8 else images
+    device = x.device
+
+    def uniform(low, high):
+        return torch.rand(b, generator=generator, device=device) * (high - low) + low
+
+    def chance(p):
+        return torch.rand(b, generator=generator, device=device) < p
+
+    # Crop and mirror: an affine grid in [-1, 1]. Sides above 1 are cut to the image, where torchvision draws again.
+    area, log_ratio = uniform(min_crop, 1), uniform(math.log(3 / 4), math.log(4 / 3))
+    w, h = (area * log_ratio.exp()).sqrt().clamp(max=1), (area / log_ratio.exp()).sqrt().clamp(max=1)
+    affine = torch.zeros(b, 2, 3, device=device)
+    affine[:, 0, 0] = w * (1 - 2 * chance(0.5).float()) if flip else w
+    affine[:, 1, 1] = h
+    affine[:, 0, 2], affine[:, 1, 2] = uniform(-1, 1) * (1 - w), uniform(-1, 1) * (1 - h)
+    grid = F.affine_grid(affine, list(x.shape), align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+    # Colours: y = gain * M x + (1 - contrast) * mean luma of the image.
+    on = chance(0.8).float()
+    brightness, contrast = (1 + on * uniform(-s, s) for s in jitter[:2])
+    saturation, angle = 1 + on * uniform(-jitter[2], jitter[2]), on * uniform(-jitter[3], jitter[3]) * 2 * math.pi
+    saturation = saturation * (~chance(0.2)).float()
+    if channels == 3:
+        to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], device=device)
+        cos, sin = saturation * angle.cos(), saturation * angle.sin()
+        turn = torch.zeros(b, 3, 3, device=device)
+        turn[:, 0, 0], turn[:, 1, 1], turn[:, 2, 2], turn[:, 1, 2], turn[:, 2, 1] = 1, cos, cos, -sin, sin
+        matrix = to_yiq.inverse() @ turn @ to_yiq
+        luma = to_yiq[0]
+    else:
+        matrix, luma = torch.eye(channels, device=device).expand(b, -1, -1), torch.full((channels,), 1 / channels, device=device)
+    mean_luma = (luma.view(-1, 1, 1) * x).sum(1).mean((1, 2))  # (B,)
+    matrix = matrix * (brightness * contrast).view(-1, 1, 1)
+    offset = ((1 - contrast) * brightness * mean_luma).view(-1, 1, 1)
+    x = (torch.bmm(matrix, x.flatten(2)) + offset).view_as(x).clamp(0, 1)
+
+    if blur > 0:  # a Gaussian of its own width an image, as one grouped convolution a direction
+        radius = max(1, x.shape[-1] // 20)
+        at = torch.arange(-radius, radius + 1, device=device)
+        kernel = (-at.square() / (2 * uniform(0.1, 2).square().view(-1, 1))).exp()
+        kernel = torch.where(chance(blur).view(-1, 1), kernel / kernel.sum(1, keepdim=True), (at == 0).float())
+        kernel = kernel.repeat_interleave(channels, 0).view(b * channels, 1, 1, -1)
+        flat = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1).unsqueeze(0)
+        flat = F.conv2d(F.conv2d(flat, kernel, groups=b * channels), kernel.transpose(2, 3), groups=b * channels)
+        x = flat.view_as(x)
+    if solarize > 0:
+        x = torch.where(chance(solarize).view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear probe
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def linear_probe(features, labels, num_classes, weight_decay=1e-3, iterations=100):
+    """The linear classifier of the evaluation (paper, appendix A): L-BFGS on mean cross-entropy + weight_decay ||W||^2.
+
+    Args:
+        features: (N, F); labels: (N,) int64 in [0, num_classes).
+        iterations: as the paper counts them, each of up to 20 steps (torch's L-BFGS); it ends early at the optimum.
+
+    Returns weight (num_classes, F) and bias (num_classes,); the bias is not penalised.
+    """
+    # The mean is taken out of the features and put back into the bias: the same optimum (the bias is free), reached in
+    # a fraction of the steps, because ReLU features are all positive.
+    centre = features.mean(0)
+    x = features - centre
+    weight = torch.zeros(num_classes, x.shape[1], device=x.device, requires_grad=True)
+    bias = torch.zeros(num_classes, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=20 * iterations, history_size=20, tolerance_grad=1e-6,
+                                  tolerance_change=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight.T + bias, labels) + weight_decay * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), (bias - weight @ centre).detach()
+
+
+def probe_accuracy(train_features, train_labels, test_features, test_labels):
+    """Test accuracy in percent of the linear probe fitted to the training features."""
+    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    weight, bias = linear_probe(train_features, train_labels, num_classes)
+    return 100 * ((test_features @ weight.T + bias).argmax(1) == test_labels).float().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and logs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def best_device():
+    """"cuda" if there is one, else "mps", else "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def fingerprint(*tensors):
+    """Sixteen hex digits that tell tensors apart: how a file names the targets (or the set) that it was made from."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        tensor = torch.as_tensor(tensor).detach().cpu().contiguous()
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save(path, contents):
+    """Write a dict of tensors and plain Python to path, whole or not at all; adds the torch version."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+    os.close(handle)
+    try:
+        torch.save({**contents, "torch_version": str(torch.__version__)}, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load(path, keys, made_by, mmap=False):
+    """Read what save wrote, with weights_only=True: a file cannot run code.
+
+    Args:
+        keys: the keys that it must have.
+        made_by: the stage to name when the file is missing or of another kind, for example "train_teacher.py".
+        mmap: leave the tensors on disk until they are read.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        fail(f"{path}: not found; make it with {made_by}")
+    except Exception as error:  # torch raises many kinds for a broken file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        fail(f"{path}: not a file of {made_by} ({reason}); make it again with {made_by}")
+    missing = [key for key in keys if key not in contents] if isinstance(contents, dict) else keys
+    if missing:
+        fail(f"{path}: has no {missing[0]!r}, so it is not a file of {made_by}; make it again with {made_by}")
+    return contents
+
+
+def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None):
+    """The targets of a run with the training images that they belong to, for the stages after the teacher.
+
+    Returns (train ImageSet, targets (N, D) float32, made): made is what the next file carries of its origin, {options of
+    the earlier stages, images_id, targets_id}. Exits if targets and images do not belong together. A targets.pt written
+    by a fork needs no more than {targets}.
+    """
+    path = Path(out_dir) / "targets.pt"
+    contents = load(path, ["targets"], f"train_teacher.py --dataset {dataset} --out_dir {out_dir}")
+    targets = contents["targets"]
+    if not isinstance(targets, torch.Tensor) or targets.ndim != 2 or not targets.isfinite().all():
+        fail(f"{path}: targets must be a tensor (N, D) of finite numbers; make it again with train_teacher.py")
+    train = load_images(dataset, "train", data_dir, image_size, limit)
+    of_images = images_id(train.images)
+    if len(targets) != len(train.images):
+        fail(f"{path}: has {len(targets)} targets, but --dataset {dataset} has {len(train.images)} training images; "
+             "give the --dataset, --data_dir and --limit that they were made with, or another --out_dir")
+    if contents.get("images_id", of_images) != of_images:
+        fail(f"{path}: was made from other images than --dataset {dataset} at {train.images.shape[-1]} px; give the "
+             "--dataset, --data_dir and --image_size that it was made with, or another --out_dir")
+    targets = targets.float()
+    made = {"options": contents.get("options", {}), "images_id": of_images, "targets_id": fingerprint(targets)}
+    return train, targets, made
+
+
+def is_done(path, stage, options, keys):
+    """Whether path is there, made by the same options of the same stage; exits if it was made by others.
+
+    A file that exists is a piece of work done: this is how a stage that is started again goes on where it stopped.
+    """
+    if not Path(path).exists():
+        return False
+    made = load(path, keys, f"{stage}.py").get("options", {}).get(stage, {})
+    for name, value in options.items():
+        if name in made and made[name] != value:
+            fail(f"{path}: exists, made with --{name} {made[name]}, now --{name} {value}; move it away, or choose "
+                 "another --out_dir")
+    return True
+
+
+def run_name(dataset):
+    """The default folder's name of a run on a data set: "cifar10", or the last part of "imagefolder:DIR"."""
+    return Path(dataset.rpartition(":")[2]).name
+
+
+def recipe(options):
+    """Those of a stage's options that its result depends on; the others may differ when it is started again."""
+    free = ("data_dir", "out_dir", "device", "threads", "num_experts", "first_expert")
+    return {name: value for name, value in options.items() if name not in free}
+
+
+class Log:
+    """OUT_DIR/STAGE.jsonl, a JSON record a line, and a line for the reader at most every few seconds."""
+
+    def __init__(self, out_dir, stage, options, interval=5.0):
+        self.path = Path(out_dir) / f"{stage}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.interval, self.said, self.started = interval, 0.0, time.time()
+        self.write(
+            command=shlex.join(["python", *sys.argv]),
+            options=options,
+            time=time.strftime("%Y-%m-%d %H:%M:%S"),
+            torch=torch.__version__,
+            device=torch.cuda.get_device_name() if str(options.get("device")).startswith("cuda") else "cpu",
+            threads=torch.get_num_threads(),
+        )
+
+    def write(self, **record):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record, default=str) + "\n")
+
+    def say(self, text, last=False):
+        """Print a line, unless one was printed less than `interval` seconds ago and this is not the last."""
+        if last or time.time() - self.said >= self.interval:
+            self.said = time.time()
+            print(text, flush=True)
+
+    def progress(self, done, total):
+        """"done/total, time left" for a line."""
+        left = (time.time() - self.started) / max(done, 1) * (total - done)
+        return f"{done}/{total}, {left:.0f} s left" if left < 600 else f"{done}/{total}, {left / 60:.0f} min left"

@@ -1,0 +1,230 @@
+"""Stage 4: pre-train encoders on each set and judge them by linear probes with few labels.
+
+For each set and seed, a fresh student is trained on (images, targets) with the set's learning rate (paper, eq. 9), its
+head is dropped, and a linear classifier is fitted to its features of a small random part of a downstream data set's
+labelled images (eq. 3). One encoder a seed serves all downstream sets; the labelled images of a seed are the same for
+all sets, and a smaller fraction is part of a larger.
+
+Reads:  OUT/sets/*.pt, OUT/targets.pt (for "full") and the data sets.
+Writes: OUT/results.jsonl   one record an accuracy; a stage that is started again only adds what is missing
+        OUT/results.md      the table, mean and standard deviation over the seeds
+
+    python evaluate.py                                             # none, every set in OUT/sets, full; on CIFAR-10
+    python evaluate.py --downstream cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers      # as in Table 1
+
+The set "none" is the student's random initialisation, "full" the real images with the teacher's targets.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import common
+
+ROWS = {  # names of the table's rows, in its order; other sets follow under their file's name
+    "none": "no pre-training",
+    "subset_random": "random subset",
+    "subset_high_loss": "high-loss subset",
+    "mkdt_random": "MKDT (random init)",
+    "mkdt_high_loss": "MKDT",
+    "full": "full data",
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = common.fail
+    data = parser.add_argument_group("data and files")
+    data.add_argument("--dataset", default="cifar10", help="D_real: " + ", ".join(common.DATASETS) + " or imagefolder:DIR")
+    data.add_argument("--data_dir", default="data", help="where data sets are downloaded to; DIR of --dataset imagefolder")
+    data.add_argument("--image_size", type=int, help="pixels (default: the data set's, imagefolder 32)")
+    data.add_argument("--limit", type=int, help="use only so many training and test images of each data set")
+    data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
+    data.add_argument("--sets", nargs="+", help="names in OUT/sets, none, full (default: none, all that are there, full)")
+    net = parser.add_argument_group("student f_S, as in train_experts.py")
+    net.add_argument("--width", type=int, default=128, help="channels of the ConvNet")
+    net.add_argument("--depth", type=int, help="blocks of the ConvNet (default: 3 up to 32 px, 4 at 64 px)")
+    pre = parser.add_argument_group("pre-training (eq. 9)")
+    pre.add_argument("--epochs", type=int, default=20)
+    pre.add_argument("--batch_size", type=int, default=256)
+    pre.add_argument("--lr", type=float, default=0.1, help="for full data; a set brings its own, alpha_syn")
+    pre.add_argument("--momentum", type=float, default=0.9)
+    pre.add_argument("--weight_decay", type=float, default=1e-4)
+    probe = parser.add_argument_group("linear probe (eq. 3)")
+    probe.add_argument("--downstream", nargs="+", help="D_d, data sets of the probe (default: --dataset; paper: seven)")
+    probe.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.05], help="labelled part of D_d")
+    probe.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of initialisation, order and labels")
+    probe.add_argument("--split", choices=["test", "val"], default="test",
+                       help="val: judge on every fifth training image, held out of the labels; to choose options by")
+    parser.add_argument("--device", default=common.best_device(), help="default: the best there is, here %(default)s")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    args = parser.parse_args(argv)
+    args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
+    args.downstream = args.downstream or [args.dataset]
+    return args
+
+
+def pretrain(net, images, targets, stats, lr, args, seed):
+    """Train net in place on (images, targets) by SGD on the MSE (eq. 9).
+
+    images (S, C, H, W) are normalised floats, or uint8 to be normalised with stats, the mean and std.
+    """
+    order = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    for _ in range(args.epochs):
+        for batch in torch.randperm(len(images), generator=order).to(images.device).split(args.batch_size):
+            x = images[batch]
+            if x.dtype == torch.uint8:
+                x = common.normalise(x, *stats)
+            loss = F.mse_loss(net(x), targets[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return loss.item()
+
+
+def load_set(path, channels, image_size, out_dim):
+    """A set's (images, targets, lr); exits if it does not fit the student."""
+    contents = common.load(path, ["images", "targets", "lr"], "distill.py")
+    images, targets, lr = contents["images"], contents["targets"], contents["lr"]
+    if images.shape[1:] != (channels, image_size, image_size) or len(images) != len(targets):
+        common.fail(f"{path}: has images {tuple(images.shape)} and targets {tuple(targets.shape)}, but the data set has images "
+                    f"of {channels} x {image_size} x {image_size}; give the --dataset and --image_size it was made with")
+    if targets.shape[1:] != (out_dim,):
+        common.fail(f"{path}: has targets of D = {targets.shape[-1]}, the run's targets.pt D = {out_dim}; make it again")
+    return images, targets, float(lr)
+
+
+def load_downstream(name, args, device):
+    """(train ImageSet, test ImageSet) of a downstream data set, on the device; with --split val, both of its train split."""
+    of_run = name == args.dataset
+    sizes = dict(image_size=args.image_size if of_run else None, limit=args.limit)
+    train = common.load_images(name, "train", args.data_dir, **sizes)
+    if args.split == "val":
+        held_out = torch.arange(len(train.images)) % 5 == 4
+        test = train._replace(images=train.images[held_out], labels=train.labels[held_out])
+        train = train._replace(images=train.images[~held_out], labels=train.labels[~held_out])
+    else:
+        test = common.load_images(name, "test", args.data_dir, **sizes)
+    return (s._replace(images=s.images.to(device), labels=s.labels.to(device)) for s in (train, test))
+
+
+def read_results(path):
+    """The records of results.jsonl; a line that is broken (a run was killed while writing it) is left out."""
+    records, text = [], path.read_text() if path.exists() else ""
+    if text and not text.endswith("\n"):
+        with open(path, "a") as file:  # so that the next record starts a line of its own
+            file.write("\n")
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            print(f"warning: {path}: line {number} is broken and left out", flush=True)
+    return records
+
+
+def make_table(cells, sets, downstream, fractions, seeds):
+    """Markdown: a row a set, a column a downstream set and fraction; mean ± std, the std with divisor n - 1.
+
+    cells: {(set, downstream, fraction, seed): accuracy in percent}.
+    """
+    columns = [(d, f) for d in downstream for f in fractions]
+    lines = ["| pre-training set | " + " | ".join(f"{d}, {100 * f:g} % labels" for d, f in columns) + " |"]
+    lines += ["|---|" + "---|" * len(columns)]
+    for name in sets:
+        row = []
+        for d, f in columns:
+            values = torch.tensor([cells[name, d, f, seed] for seed in seeds])
+            std = f" ± {values.std().item():.2f}" if len(seeds) > 1 else ""
+            row.append(f"{values.mean().item():.2f}{std}")
+        lines.append(f"| {ROWS.get(name, name)} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(args):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    train, all_targets, made = common.load_targets(
+        args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit
+    )
+    channels, px = train.images.shape[1:3]
+    stats, depth = (train.mean, train.std), args.depth or common.default_depth(px)
+    there = sorted(path.stem for path in (args.out_dir / "sets").glob("*.pt"))
+    names = args.sets or ["none", *there, "full"]
+    names.sort(key=lambda name: list(ROWS).index(name) if name in ROWS else len(ROWS) - 1.5)
+    sets = {}
+    for name in names:
+        if name == "none":
+            sets[name] = None
+        elif name == "full":
+            sets[name] = (train.images, all_targets, args.lr)
+        else:
+            sets[name] = load_set(args.out_dir / "sets" / f"{name}.pt", channels, px, all_targets.shape[1])
+    downstream = {}
+    for name in args.downstream:
+        downstream[name] = d_train, _ = tuple(load_downstream(name, args, args.device))
+        if d_train.images.shape[1] != channels:
+            common.fail(f"--downstream {name}: images have {d_train.images.shape[1]} channels, the student {channels}")
+        for fraction in args.fractions:
+            if not 1 <= int(fraction * len(d_train.labels)) <= len(d_train.labels):
+                common.fail(f"--fractions {fraction}: of the {len(d_train.labels)} training images of {name} this is "
+                            "none, or more than all; choose one above 0, at most 1")
+
+    # A cell of the table is done when results.jsonl has a record of just these options, of the very same set.
+    results = args.out_dir / "results.jsonl"
+    wanted = ("image_size", "limit", "width", "epochs", "batch_size", "momentum", "weight_decay", "split")
+    options = {name: getattr(args, name) for name in wanted} | {"depth": depth, "targets_id": made["targets_id"]}
+    done = {}
+    for r in read_results(results):
+        key = r.get("set"), r.get("set_id"), r.get("downstream"), r.get("fraction"), r.get("seed")
+        if r.get("options") == options:
+            done[key] = r["accuracy"]
+    log = common.Log(args.out_dir, "evaluate", vars(args))
+    cells, total = {}, len(sets) * len(args.seeds)
+    for i, (name, contents) in enumerate(sets.items()):
+        set_id = common.fingerprint(*contents) if contents else "none"
+        if contents:
+            images, targets, lr = contents[0].to(args.device), contents[1].to(args.device), contents[2]
+        for j, seed in enumerate(args.seeds):
+            keys = {(d, f): (name, set_id, d, f, seed) for d in downstream for f in args.fractions}
+            if not all(key in done for key in keys.values()):
+                torch.manual_seed(seed)
+                net = common.ConvNet(all_targets.shape[1], px, channels, args.width, depth).to(args.device)
+                if contents:
+                    loss = pretrain(net, images, targets, stats, lr, args, seed)
+                    if not math.isfinite(loss):
+                        common.fail(f"pre-training on {name} with lr {lr:.3g} ended in a loss of {loss}: its lr is too large")
+                for d, (d_train, d_test) in downstream.items():
+                    if all(keys[d, f] in done for f in args.fractions):
+                        continue
+                    order = torch.randperm(len(d_train.labels), generator=torch.Generator().manual_seed(seed))
+                    order = order[: int(max(args.fractions) * len(order))].to(args.device)
+                    features, test_features = (
+                        common.encode(net.eval().features, x, d_train.mean, d_train.std)
+                        for x in (d_train.images[order], d_test.images)
+                    )
+                    for f in args.fractions:
+                        labelled = int(f * len(d_train.labels))
+                        accuracy = common.probe_accuracy(
+                            features[:labelled], d_train.labels[order[:labelled]], test_features, d_test.labels
+                        )
+                        done[keys[d, f]] = accuracy
+                        record = dict(set=name, set_id=set_id, downstream=d, fraction=f, seed=seed, accuracy=accuracy)
+                        with open(results, "a") as file:
+                            file.write(json.dumps({**record, "labels": labelled, "options": options}) + "\n")
+            cells |= {(name, d, f, seed): done[key] for (d, f), key in keys.items()}
+            log.say(f"encoder {log.progress(i * len(args.seeds) + j + 1, total)}: {name}, seed {seed}")
+
+    table = make_table(cells, list(sets), args.downstream, args.fractions, args.seeds)
+    caption = (f"Linear-probe accuracy in % ({args.split} split), mean ± std (divisor n - 1) over n = {len(args.seeds)} seeds; "
+               f"pre-training on {args.dataset}, {args.epochs} epochs.")  # fmt: skip
+    (args.out_dir / "results.md").write_text(f"{table}\n{caption}\n")
+    print(f"\n{table}\n{caption}\nwrote {args.out_dir / 'results.md'} and results.jsonl")
+
+
+if __name__ == "__main__":
+    main(parse_args())
