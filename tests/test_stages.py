@@ -1,0 +1,343 @@
+"""Each stage once, tiny: what it writes, the same seed the same file, and what it says of files that do not fit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATA, DISTILL, EVALUATE, EXPERTS, TEACHER
+
+import common
+import distill
+import evaluate
+import train_experts
+
+N, S, D = 150, 15, 32  # real images, images of a set, dimension of the targets
+
+
+@pytest.fixture
+def copy(run_dir, tmp_path):
+    """A copy of the run that a test may change."""
+    return Path(shutil.copytree(run_dir, tmp_path / "copy"))
+
+
+def refuses(capsys, function, *words):
+    """function() ends with exit status 2 and one line on stderr that holds the words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+    for word in words:
+        assert word in message
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+# -- what the files hold ----------------------------------------------------------------------------------------------
+
+
+def test_teacher_files(run_dir):
+    teacher, targets = read(run_dir / "teacher.pt"), read(run_dir / "targets.pt")
+    assert set(teacher) == {"encoder", "probe_accuracy", "options", "images_id", "torch_version"}
+    assert set(targets) == {"targets", "options", "images_id", "torch_version"}
+    assert targets["targets"].shape == (N, D) and targets["targets"].dtype == torch.float32
+    assert targets["options"]["train_teacher"]["ssl"] == "barlow_twins"
+    # The targets are the saved encoder's features of the un-augmented images, in eval mode, in order.
+    encoder = common.ResNet(channels=1, width=4)
+    encoder.load_state_dict(teacher["encoder"])
+    train = common.load_images("digits", "train", "data", limit=N)
+    features = common.encode(encoder.eval(), train.images, train.mean, train.std)
+    torch.testing.assert_close(features, targets["targets"])
+    assert 0 <= teacher["probe_accuracy"] <= 100
+
+
+def test_expert_files(run_dir):
+    paths = sorted((run_dir / "experts").iterdir())
+    assert [p.name for p in paths] == ["0000.pt", "0001.pt", "0002.pt"]
+    expert = read(paths[1])
+    assert set(expert) == {"trajectory", "example_loss", "options", "images_id", "targets_id", "torch_version"}
+    net = common.ConvNet(D, 16, 1, 8, 3)
+    assert expert["trajectory"].shape == (4, common.flatten(net).numel()) and expert["example_loss"].shape == (N,)
+    assert set(expert["options"]) == {"train_teacher", "train_experts"}
+    # No two snapshots are the same, and the first is the seeded initialisation.
+    assert all((a != b).any() for a, b in zip(expert["trajectory"], expert["trajectory"][1:]))
+    torch.manual_seed(1)
+    assert torch.equal(expert["trajectory"][0], common.flatten(common.ConvNet(D, 16, 1, 8, 3)))
+    # example_loss is that of the weights after the first epoch.
+    train, targets, _ = common.load_targets(run_dir, "digits", "data", limit=N)
+    torch.nn.utils.vector_to_parameters(expert["trajectory"][1], net.parameters())
+    outputs = common.encode(net, train.images, train.mean, train.std)
+    torch.testing.assert_close(expert["example_loss"], (outputs - targets).square().mean(1))
+
+
+def test_set_files(run_dir):
+    names = {"subset_random", "subset_high_loss", "mkdt_random", "mkdt_high_loss"}
+    assert {p.name for p in (run_dir / "sets").iterdir()} == {f"{n}{e}" for n in names for e in (".pt", ".png")}
+    train, targets, _ = common.load_targets(run_dir, "digits", "data", limit=N)
+    for name in names:
+        contents = read(run_dir / "sets" / f"{name}.pt")
+        assert set(contents) == {"images", "targets", "lr", "indices", "options", "images_id", "targets_id", "torch_version"}
+        assert contents["images"].shape == (S, 1, 16, 16) and contents["images"].dtype == torch.float32
+        assert contents["targets"].shape == (S, D) and contents["indices"].shape == (S,)
+        assert isinstance(contents["lr"], float) and contents["lr"] > 0
+        assert torch.equal(contents["targets"], targets[contents["indices"]])  # Z_syn is not learnt by default
+        real = common.normalise(train.images[contents["indices"]], train.mean, train.std)
+        if name.startswith("subset"):
+            assert torch.equal(contents["images"], real) and contents["lr"] == pytest.approx(0.1)
+        else:  # one iteration has moved images and lr, and the last update is in the file
+            assert (contents["images"] != real).any() and contents["lr"] != pytest.approx(0.1, abs=1e-12)
+    losses = torch.stack([read(p)["example_loss"] for p in sorted((run_dir / "experts").iterdir())]).mean(0)
+    expected = losses.argsort(descending=True)[:S]
+    assert torch.equal(read(run_dir / "sets/mkdt_high_loss.pt")["indices"], expected)
+
+
+def test_results(run_dir):
+    records = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
+    sets = {"none", "full", "subset_random", "subset_high_loss", "mkdt_random", "mkdt_high_loss"}
+    assert {(r["set"], r["fraction"], r["seed"]) for r in records} == {
+        (s, f, seed) for s in sets for f in (0.2, 0.4) for seed in (0, 1)
+    }
+    assert len(records) == 24 and all(0 <= r["accuracy"] <= 100 for r in records)
+    table = (run_dir / "results.md").read_text()
+    rows = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if line.startswith("|")][2:]
+    assert rows == list(evaluate.ROWS.values())
+    values = torch.tensor([r["accuracy"] for r in records if r["set"] == "none" and r["fraction"] == 0.2])
+    assert f"| no pre-training | {values.mean():.2f} ± {values.std():.2f} |" in table
+
+
+def test_logs(run_dir):
+    for stage in ("train_teacher", "train_experts", "distill_mkdt_random", "evaluate"):
+        first, *rest = [json.loads(line) for line in (run_dir / f"{stage}.jsonl").read_text().splitlines()]
+        assert {"command", "options", "time", "torch", "device"} <= set(first)
+    record = [json.loads(line) for line in (run_dir / "distill_mkdt_random.jsonl").read_text().splitlines()][-1]
+    assert record["iteration"] == 1 and record["matching_loss"] > 0 and record["pixel_change"] > 0
+
+
+# -- the same seed, the same file; a finished stage is left alone -----------------------------------------------------
+
+
+def test_same_seed_same_files(run_dir, tmp_path, stage):
+    out = ["--out_dir", tmp_path]
+    stage("train_teacher", [*TEACHER, *out])
+    assert torch.equal(read(tmp_path / "targets.pt")["targets"], read(run_dir / "targets.pt")["targets"])
+    stage("train_experts", [*EXPERTS, *out, "--first_expert", "2", "--num_experts", "1"])  # alone as among many
+    assert torch.equal(read(tmp_path / "experts/0002.pt")["trajectory"], read(run_dir / "experts/0002.pt")["trajectory"])
+    stage("train_experts", [*EXPERTS, *out])
+    stage("distill", [*DISTILL, *out, "--iters", "1"])
+    again, before = read(tmp_path / "sets/mkdt_high_loss.pt"), read(run_dir / "sets/mkdt_high_loss.pt")
+    assert torch.equal(again["images"], before["images"]) and again["lr"] == before["lr"]
+    stage("evaluate", [*EVALUATE, *out, "--sets", "none", "mkdt_high_loss"])
+    before = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
+    for line in (tmp_path / "results.jsonl").read_text().splitlines():
+        assert json.loads(line) in before
+
+
+def test_another_seed_another_expert(run_dir):
+    a, b = (read(run_dir / f"experts/000{k}.pt")["trajectory"] for k in (0, 1))
+    assert (a[0] != b[0]).any()
+
+
+def test_a_finished_stage_is_not_run_again(copy, stage):
+    def everything():
+        files = [*copy.glob("*.pt"), *copy.glob("*/*.pt"), copy / "results.jsonl"]
+        return {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
+
+    before = everything()
+    stage("train_teacher", [*TEACHER, "--out_dir", copy])
+    stage("train_experts", [*EXPERTS, "--out_dir", copy])
+    stage("distill", [*DISTILL, "--out_dir", copy, "--iters", "1"])
+    stage("evaluate", [*EVALUATE, "--out_dir", copy])
+    assert everything() == before
+
+
+def test_a_broken_result_is_measured_again(copy, stage):
+    path = copy / "results.jsonl"
+    text = path.read_text()
+    path.write_text(text[:-40])  # killed while writing the last record
+    stage("evaluate", [*EVALUATE, "--out_dir", copy])
+    assert sorted(path.read_text().splitlines()[-1:]) == sorted(text.splitlines()[-1:])
+
+
+def test_a_set_made_again_is_measured_again(copy, stage):
+    path = copy / "sets/mkdt_random.pt"
+    contents = read(path)
+    torch.save({**contents, "lr": contents["lr"] / 2}, path)
+    before = len((copy / "results.jsonl").read_text().splitlines())
+    stage("evaluate", [*EVALUATE, "--out_dir", copy])
+    assert len((copy / "results.jsonl").read_text().splitlines()) == before + 4
+
+
+# -- distillation -----------------------------------------------------------------------------------------------------
+
+
+def test_every_expert_and_start_epoch_is_used(copy, stage):
+    stage("distill", [*DISTILL, "--out_dir", copy, "--iters", "40", "--syn_steps", "1", "--name", "long"])
+    records = [json.loads(line) for line in (copy / "distill_long.jsonl").read_text().splitlines()][1:]
+    assert {(r["expert"], r["start_epoch"]) for r in records} == {(k, t) for k in range(3) for t in range(2)}
+
+
+def test_learnt_targets_and_inner_momentum(copy, stage):
+    options = ["--iters", "1", "--lr_targets", "1", "--inner_momentum", "0.9", "--name", "authors"]
+    stage("distill", [*DISTILL, "--out_dir", copy, *options])
+    contents, targets = read(copy / "sets/authors.pt"), read(copy / "targets.pt")["targets"]
+    assert (contents["targets"] != targets[contents["indices"]]).any()
+
+
+def test_lr_stays_positive(copy, stage):
+    stage("distill", [*DISTILL, "--out_dir", copy, "--iters", "4", "--lr_lr", "10", "--lr_img", "0", "--name", "wild"])
+    assert all(json.loads(line)["lr"] > 0 for line in (copy / "distill_wild.jsonl").read_text().splitlines()[1:])
+    assert read(copy / "sets/wild.pt")["lr"] > 0
+
+
+def test_a_fork_needs_targets_only(copy, stage):
+    targets = read(copy / "targets.pt")["targets"]
+    shutil.rmtree(copy / "experts"), shutil.rmtree(copy / "sets")
+    torch.save({"targets": targets[:, :7]}, copy / "targets.pt")
+    stage("train_experts", [*EXPERTS, "--out_dir", copy])
+    stage("distill", [*DISTILL, "--out_dir", copy, "--iters", "1"])
+    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "mkdt_high_loss"])
+    assert read(copy / "sets/mkdt_high_loss.pt")["targets"].shape == (S, 7)
+
+
+# -- the teacher ------------------------------------------------------------------------------------------------------
+
+
+def test_simclr_teacher(tmp_path, stage):
+    stage("train_teacher", [*TEACHER, "--ssl", "simclr", "--out_dir", tmp_path])
+    assert read(tmp_path / "targets.pt")["targets"].isfinite().all()
+
+
+def test_own_teacher(run_dir, tmp_path, stage, capsys):
+    """--init_from with --epochs 0 gives the targets of another's encoder, from a teacher.pt or a plain state dict."""
+    weights = read(run_dir / "teacher.pt")["encoder"]
+    torch.save({**weights, "fc.weight": torch.zeros(3, D)}, tmp_path / "own.pt")
+    for i, source in enumerate([run_dir / "teacher.pt", tmp_path / "own.pt"]):
+        stage("train_teacher", [*TEACHER, "--epochs", "0", "--init_from", source, "--out_dir", tmp_path / str(i)])
+        ours = read(tmp_path / str(i) / "targets.pt")["targets"]
+        torch.testing.assert_close(ours, read(run_dir / "targets.pt")["targets"])
+    wide = [*TEACHER, "--width", "8", "--epochs", "0", "--init_from", tmp_path / "own.pt", "--out_dir", tmp_path / "2"]
+    refuses(capsys, lambda: stage("train_teacher", wide), "--init_from", "--width 8")
+
+
+# -- files that do not belong together, and options that cannot be ----------------------------------------------------
+
+
+def test_missing_files(tmp_path, stage, capsys):
+    out = ["--out_dir", tmp_path]
+    for name, options in [("train_experts", EXPERTS), ("distill", DISTILL), ("evaluate", EVALUATE)]:
+        refuses(capsys, lambda n=name, o=options: stage(n, [*o, *out]), "targets.pt", "train_teacher.py")
+
+
+def test_no_experts(copy, stage, capsys):
+    shutil.rmtree(copy / "experts")
+    refuses(capsys, lambda: stage("distill", [*DISTILL, "--out_dir", copy, "--name", "x"]), "experts", "train_experts.py")
+
+
+def test_other_length_and_other_images(copy, stage, capsys):
+    other = [*EXPERTS, "--out_dir", copy, "--limit", "100"]
+    refuses(capsys, lambda: stage("train_experts", other), "150 targets", "100 training images")
+    other = [*EXPERTS, "--out_dir", copy, "--image_size", "8"]
+    refuses(capsys, lambda: stage("train_experts", other), "other images", "8 px")
+
+
+def test_broken_targets(copy, stage, capsys):
+    torch.save({"targets": torch.full((N, D), float("nan"))}, copy / "targets.pt")
+    refuses(capsys, lambda: stage("train_experts", [*EXPERTS, "--out_dir", copy]), "targets.pt", "finite")
+
+
+def test_other_options_do_not_overwrite(copy, stage, capsys):
+    before = (copy / "experts/0000.pt").read_bytes()
+    run = [*EXPERTS, "--out_dir", copy, "--lr", "0.05"]
+    refuses(capsys, lambda: stage("train_experts", run), "experts/0000.pt", "--lr 0.1", "--lr 0.05")
+    assert (copy / "experts/0000.pt").read_bytes() == before
+    run = [*TEACHER, "--out_dir", copy, "--seed", "5"]
+    refuses(capsys, lambda: stage("train_teacher", run), "teacher.pt", "--seed 0", "--seed 5")
+    run = [*DISTILL, "--out_dir", copy, "--iters", "1", "--lr_img", "7"]
+    refuses(capsys, lambda: stage("distill", run), "mkdt_high_loss.pt", "--lr_img")
+
+
+def test_experts_of_another_network(copy, stage, capsys):
+    run = [*DISTILL, "--out_dir", copy, "--width", "12", "--name", "x"]
+    refuses(capsys, lambda: stage("distill", run), "experts/0000.pt", "--width")
+
+
+def test_mixed_experts(copy, stage, capsys):
+    (copy / "experts/0002.pt").unlink()
+    expert = read(copy / "experts/0001.pt")
+    expert["options"]["train_experts"]["lr"] = 0.05
+    torch.save(expert, copy / "experts/0002.pt")
+    refuses(capsys, lambda: stage("distill", [*DISTILL, "--out_dir", copy, "--name", "x"]), "0002.pt", "other options")
+
+
+def test_experts_of_other_targets(copy, stage, capsys):
+    targets = read(copy / "targets.pt")
+    torch.save({**targets, "targets": targets["targets"] + 1}, copy / "targets.pt")
+    refuses(capsys, lambda: stage("distill", [*DISTILL, "--out_dir", copy, "--name", "x"]), "0000.pt", "other targets")
+
+
+def test_too_few_expert_epochs(copy, stage, capsys):
+    run = [*DISTILL, "--out_dir", copy, "--max_start_epoch", "3", "--name", "x"]
+    refuses(capsys, lambda: stage("distill", run), "--max_start_epoch 3", "0 to 4", "have 3")
+
+
+@pytest.mark.parametrize("fraction", ["0", "1.5", "0.001"])
+def test_fraction_of_the_set(copy, stage, capsys, fraction):
+    run = [*DISTILL, "--out_dir", copy, "--fraction", fraction, "--name", "x"]
+    refuses(capsys, lambda: stage("distill", run), f"--fraction {float(fraction)}")
+
+
+def test_sets_that_do_not_fit(copy, stage, capsys):
+    contents = read(copy / "sets/mkdt_random.pt")
+    run = [*EVALUATE, "--out_dir", copy]
+    torch.save({**contents, "images": contents["images"].expand(-1, 3, -1, -1)}, copy / "sets/mkdt_random.pt")
+    refuses(capsys, lambda: stage("evaluate", run), "mkdt_random.pt", "(15, 3, 16, 16)")
+    torch.save({**contents, "targets": contents["targets"][:, :3]}, copy / "sets/mkdt_random.pt")
+    refuses(capsys, lambda: stage("evaluate", run), "mkdt_random.pt", "D = 3")
+    refuses(capsys, lambda: stage("evaluate", [*run, "--sets", "nothing"]), "nothing.pt", "not found", "distill.py")
+
+
+def test_label_fractions(copy, stage, capsys):
+    run = [*EVALUATE, "--out_dir", copy, "--fractions"]
+    for fraction in ("0", "0.001", "1.1"):
+        refuses(capsys, lambda f=fraction: stage("evaluate", [*run, f]), "--fractions")
+
+
+def test_divergence_is_said(copy, stage, capsys):
+    run = [*DISTILL, "--out_dir", copy, "--iters", "9", "--lr_img", "1e30", "--name", "x"]
+    refuses(capsys, lambda: stage("distill", run), "--lr_img")
+    assert not (copy / "sets/x.pt").exists()
+    run = [*EXPERTS, "--out_dir", copy, "--first_expert", "7", "--lr", "1e20"]
+    refuses(capsys, lambda: stage("train_experts", run), "--lr")
+    assert not (copy / "experts/0007.pt").exists()
+
+
+def test_teacher_batch_larger_than_the_set(tmp_path, stage, capsys):
+    run = [*TEACHER, "--out_dir", tmp_path, "--batch_size", "151"]
+    refuses(capsys, lambda: stage("train_teacher", run), "--batch_size 151", "150")
+
+
+def test_unknown_data_set(tmp_path, stage, capsys):
+    run = [*DATA, "--dataset", "mnist", "--out_dir", tmp_path]
+    refuses(capsys, lambda: stage("train_teacher", run), "mnist", "cifar10")
+
+
+def test_train_expert_returns_its_trajectory():
+    """One epoch of plain SGD by hand gives the same weights."""
+    torch.manual_seed(0)
+    net = common.ConvNet(4, 16, 1, 4, 3)
+    twin = common.ConvNet(4, 16, 1, 4, 3)
+    twin.load_state_dict(net.state_dict())
+    images, targets = torch.randint(0, 256, (20, 1, 16, 16), dtype=torch.uint8), torch.randn(20, 4)
+    stats = torch.tensor([0.5]), torch.tensor([0.3])
+    args = train_experts.parse_args(["--epochs", "1", "--batch_size", "8", "--momentum", "0", "--weight_decay", "0"])
+    trajectory, _, _ = train_experts.train_expert(net, images, targets, stats, args, seed=3)
+    theta, order = common.flatten(twin), torch.randperm(20, generator=torch.Generator().manual_seed(3))
+    end = distill.student_steps(
+        lambda theta, x, z: torch.nn.functional.mse_loss(common.forward_flat(twin, theta, x), z),
+        theta, common.normalise(images, *stats), targets, torch.tensor(0.1), order.split(8),
+    )  # fmt: skip
+    torch.testing.assert_close(trajectory[1], end)
