@@ -1,11 +1,13 @@
-"""What the stages of MKDT must agree on: data sets, networks, SSL losses, views, the student as a vector, the probe, files.
+"""What the stages of MKDT must agree on: data sets, networks, SSL losses, views, the student as a vector, the
+probe, files.
 
-A definition stands here when two stages would stop fitting together without it, or when it is an equation of the
-paper (Joshi, Ni, Mirzasoleiman, "Dataset Distillation via Knowledge Distillation", ICLR 2025). The training loops are
-in the scripts.
+A definition stands here when two stages would stop fitting together without it, or when it is an equation of
+the paper (Joshi, Ni, Mirzasoleiman, "Dataset Distillation via Knowledge Distillation", ICLR 2025). The
+training loops are in the scripts.
 
-Letters in shapes: N real images, S synthetic images, B images of a batch, C channels, H x W pixels, D dimension of the
-targets (the teacher's representation), F student features, P student parameters, E expert epochs, K experts.
+Letters in shapes: N real images, S synthetic images, B images of a batch, C channels, H x W pixels, D
+dimension of the targets (the teacher's representation), F student features, P student parameters, E expert
+epochs, K experts.
 """
 
 import hashlib
@@ -32,14 +34,14 @@ from torchvision.transforms import functional as TF
 
 
 def fail(message):
-    """End the program with one line on stderr and exit status 2: for everything that the user can put right."""
+    """End the program with one line on stderr and exit status 2: for all that the user can put right."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data sets
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Dataset(NamedTuple):
@@ -51,10 +53,10 @@ class Dataset(NamedTuple):
     flip: bool = True  # whether a mirrored image is still an image of the same thing
 
 
-# Sizes and statistics are those of the authors' code; every set is evaluated at its own size, also by an encoder that
-# was pre-trained at another (the convolutions do not mind, the number of features F changes).
+# Sizes and statistics are those of the authors' code; every set is evaluated at its own size, also by an
+# encoder that was pre-trained at another (the convolutions do not mind, the number of features F changes).
 DATASETS = {
-    "digits": Dataset(16, None, None, flip=False),
+    "digits": Dataset(8, None, None, flip=False),
     "cifar10": Dataset(32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": Dataset(32, (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
     "tinyimagenet": Dataset(64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -65,16 +67,18 @@ DATASETS = {
     "imagefolder": Dataset(32, None, None),
 }
 
+DATASET_HELP = ", ".join(DATASETS) + ":DIR"
+
 # The archives that torchvision has no class for: (URL, MD5).
 ARCHIVES = {
     "tinyimagenet": [
-        ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
+        ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
     ],
     "cub2011": [
         (
             "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
             "97eceeb196236b17998738112f37df78",
-        ),
+        )
     ],
     "dogs": [
         ("http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", "1bb1f2a596ae7057f99d7d75860002ef"),
@@ -82,7 +86,8 @@ ARCHIVES = {
     ],
 }
 
-# Where torchvision's own classes look for what they download: (URL, folder below data_dir), for the error message.
+# Where torchvision's own classes look for what they download: (URL, folder below data_dir), for the error
+# message.
 TORCHVISION_ARCHIVES = {
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "."),
     "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "."),
@@ -107,7 +112,8 @@ class ImageSet(NamedTuple):
 
 
 def parse_dataset(name, data_dir):
-    """Split a data set's name into its row of DATASETS and its folder: "imagefolder:DIR" names a folder of its own.
+    """Split a data set's name into its row of DATASETS and its folder: "imagefolder:DIR" names a folder of
+    its own.
 
     Returns (key, folder); exits when the name is not in the table.
     """
@@ -121,13 +127,13 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
     """Read one split of a data set into memory as uint8.
 
     Args:
-        name: a key of DATASETS, or "imagefolder:DIR" for DIR/{train,test}/CLASS/* (plain "imagefolder": DIR = data_dir).
-        split: "train" or "test".
-        data_dir: where downloads go.
-        image_size: pixels, if not the table's; images of another size are resized with PIL's Lanczos filter, squashed.
-        limit: keep only so many images, evenly spaced over the split (to rehearse a run).
+        name: a key of DATASETS, or "imagefolder:DIR" for DIR/{train,test}/CLASS/* (plain "imagefolder": DIR =
+        data_dir). split: "train" or "test". data_dir: where downloads go. image_size: pixels, if not the
+        table's; images of another size are resized with PIL's Lanczos filter, squashed. limit: keep only so
+        many images, evenly spaced over the split (to rehearse a run).
 
-    Returns an ImageSet. Exits with one line when the files cannot be had, naming the URL and the folder for them.
+    Returns an ImageSet. Exits with one line when the files cannot be had, naming the URL and the folder for
+    them.
     """
     key, folder = parse_dataset(name, data_dir)
     size = image_size or DATASETS[key].size
@@ -150,11 +156,19 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
             images[i], labels[i] = image, label
     mean, std = DATASETS[key].mean, DATASETS[key].std
     if mean is None:
-        counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(channels)]).double()
+        counts = torch.stack(
+            [torch.bincount(images[:, c].flatten(), minlength=256) for c in range(channels)]
+        ).double()
         values, counts = torch.arange(256) / 255, counts / counts.sum(1, keepdim=True)
         mean = counts @ values.double()
         std = (counts @ values.double().square() - mean.square()).clamp(min=1e-4).sqrt()
     return ImageSet(images, labels, torch.as_tensor(mean).float(), torch.as_tensor(std).float())
+
+
+def has_test_split(name, data_dir):
+    """Whether there are test images: always, but for an image folder without DIR/test."""
+    key, folder = parse_dataset(name, data_dir)
+    return key != "imagefolder" or (folder / "test").is_dir()
 
 
 def normalise(images, mean, std):
@@ -190,7 +204,7 @@ class _Files:
 
 
 def _open_dataset(key, split, folder):
-    """A sequence of (PIL image, label); nothing but its length and the labels' meaning is shared by the sources."""
+    """A data set's split as a sequence of (PIL image, label)."""
     if key == "digits":
         return _digits(split)
     if key == "imagefolder":
@@ -200,7 +214,9 @@ def _open_dataset(key, split, folder):
         try:
             return {"tinyimagenet": _tiny_imagenet, "cub2011": _cub2011, "dogs": _dogs}[key](split, root)
         except OSError as error:
-            fail(f"{root}: {key} is not complete there ({error}); remove that folder to have it unpacked again")
+            fail(
+                f"{root}: {key} is not complete there ({error}); remove that folder to have it unpacked again"
+            )
     train = split == "train"
     tv = torchvision.datasets
     try:
@@ -210,14 +226,19 @@ def _open_dataset(key, split, folder):
             return tv.CIFAR100(folder, train, download=True)
         if key == "aircraft":  # 6,667 images: "trainval", labels by variant
             return tv.FGVCAircraft(folder, "trainval" if train else "test", "variant", download=True)
-        return tv.Flowers102(folder, split, download=True)  # 1,020 images: "train" without "val", as the authors do
+        return tv.Flowers102(
+            folder, split, download=True
+        )  # 1,020 images: "train" without "val", as the authors do
     except (OSError, RuntimeError) as error:
         url, place = TORCHVISION_ARCHIVES[key]
-        fail(f"data set {key} is not in {folder} and its download failed ({error}); put {url} into {folder / place}")
+        fail(
+            f"data set {key} is not in {folder} and its download failed ({error}); put {url} into "
+            f"{folder / place}"
+        )
 
 
 def _digits(split):
-    """scikit-learn's 1,797 digits of 8 x 8 pixels, enlarged by load_images: the first 1,297 train, the last 500 test.
+    """scikit-learn's 1,797 digits of 8 x 8 pixels: the first 1,297 to train, the last 500 to test.
 
     The set is in the order of its writers, so the test digits are by other hands.
     """
@@ -233,7 +254,9 @@ def _image_folder(split, folder):
     """DIR/{train,test}/CLASS/*, classes in alphabetical order of the training folder."""
     for part in ("train", split):
         if not (folder / part).is_dir():
-            fail(f"{folder / part}: no such folder; an image folder is DIR/train/CLASS/* and DIR/test/CLASS/*")
+            fail(
+                f"{folder / part}: no such folder; an image folder is DIR/train/CLASS/* and DIR/test/CLASS/*"
+            )
     try:
         files = torchvision.datasets.ImageFolder(folder / split)
         classes, _ = files.find_classes(folder / "train")
@@ -241,13 +264,16 @@ def _image_folder(split, folder):
         fail(f"{folder / split}: {error}; an image folder is DIR/train/CLASS/* and DIR/test/CLASS/*")
     unknown = sorted(set(files.classes) - set(classes))
     if unknown:
-        fail(f"{folder / split}: class {unknown[0]!r} has no folder in {folder / 'train'}; add it there or remove it")
+        fail(
+            f"{folder / split}: class {unknown[0]!r} has no folder in {folder / 'train'}; add it there or "
+            "remove it"
+        )
     index = [classes.index(name) for name in files.classes]
     return _Files([path for path, _ in files.samples], [index[label] for _, label in files.samples])
 
 
 def _unpack(key, data_dir):
-    """data_dir/KEY with the data set's archives unpacked; downloads what is not in data_dir yet, checks every MD5."""
+    """data_dir/KEY with the archives unpacked; downloads what is not in data_dir yet, checks every MD5."""
     root = Path(data_dir) / key
     if not root.exists():
         partial = root.with_name(key + ".partial")  # moved into place when whole
@@ -257,8 +283,10 @@ def _unpack(key, data_dir):
                 download_url(url, data_dir, name, md5)  # does nothing when the archive is there and whole
                 extract_archive(os.path.join(data_dir, name), partial)
             except (OSError, RuntimeError, EOFError) as error:
-                fail(f"data set {key} is not in {data_dir} and the download of {url} failed ({error}); put {name} "
-                     f"(MD5 {md5}) into {data_dir}")
+                fail(
+                    f"data set {key} is not in {data_dir} and the download of {url} failed ({error}); put "
+                    f"{name} (MD5 {md5}) into {data_dir}"
+                )
         partial.rename(root)
     return root
 
@@ -288,24 +316,28 @@ def _dogs(split, root):
     from scipy.io import loadmat  # a dependency of scikit-learn
 
     lists = loadmat(root / f"{split}_list.mat", squeeze_me=True)
-    return _Files([root / "Images" / str(name) for name in lists["file_list"]], [int(y) - 1 for y in lists["labels"]])
+    return _Files(
+        [root / "Images" / str(name) for name in lists["file_list"]], [int(y) - 1 for y in lists["labels"]]
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Networks
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def default_depth(image_size):
-    """The paper's depth of the ConvNet: 3 at 32 px, 4 at 64 px (a last map of 4 x 4); never less than 3."""
-    return max(3, round(math.log2(image_size / 4)))
+    """The paper's depth of the ConvNet: 3 at 32 px, 4 at 64 px (a last map of 4 x 4); never less than 2."""
+    return max(2, round(math.log2(image_size / 4)))
 
 
 class ConvNet(nn.Module):
-    """The student: depth x [3x3 convolution, instance norm, ReLU, 2x2 average pooling], then a linear head to out_dim.
+    """The student: depth x [3x3 convolution, instance norm, ReLU, 2x2 average pooling], then a linear head to
+    out_dim.
 
-    Instance norm is GroupNorm with a group a channel: no running statistics, so the parameters are the whole network.
-    With out_dim 512 at 32 px it has P = 1,348,608 parameters. features(x) is what the probe sees (paper, appendix A).
+    Instance norm is GroupNorm with a group a channel: no running statistics, so the parameters are the whole
+    network. With out_dim 512 at 32 px it has P = 1,348,608 parameters. features(x) is what the probe sees
+    (paper, appendix A).
     """
 
     def __init__(self, out_dim, image_size=32, channels=3, width=128, depth=3):
@@ -333,8 +365,8 @@ class ConvNet(nn.Module):
 class ResNet(torchvision.models.ResNet):
     """torchvision's ResNet of basic blocks for small images: 3x3 stem of stride 1, no max-pooling, any width.
 
-    blocks (2, 2, 2, 2) is ResNet-18 (the teacher), (1, 1, 1, 1) is ResNet-10. out_dim None: no head, forward(x) is
-    features(x), (B, 8 width).
+    blocks (2, 2, 2, 2) is ResNet-18 (the teacher), (1, 1, 1, 1) is ResNet-10. out_dim None: no head,
+    forward(x) is features(x), (B, 8 width).
     """
 
     def __init__(self, blocks=(2, 2, 2, 2), out_dim=None, channels=3, width=64, norm_layer=nn.BatchNorm2d):
@@ -344,7 +376,11 @@ class ResNet(torchvision.models.ResNet):
         self.bn1 = norm_layer(width)
         self.maxpool = nn.Identity()
         for i, n in enumerate(blocks):
-            setattr(self, f"layer{i + 1}", self._make_layer(BasicBlock, width * 2**i, n, stride=1 if i == 0 else 2))
+            setattr(
+                self,
+                f"layer{i + 1}",
+                self._make_layer(BasicBlock, width * 2**i, n, stride=1 if i == 0 else 2),
+            )
         for module in self.modules():  # torchvision's initialisation, for the layers just made
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -369,67 +405,77 @@ def flatten(net):
     Raises ValueError if net has buffers (BatchNorm's running statistics): a trajectory would not hold them.
     """
     if any(True for _ in net.buffers()):
-        raise ValueError("a student with buffers (BatchNorm?) cannot be a trajectory: use a norm without running statistics")
-    return torch.cat([p.detach().reshape(-1) for p in net.parameters()])  # cat copies; a view would go on training
+        raise ValueError(
+            "a student with buffers (BatchNorm?) cannot be a trajectory: use a norm without running "
+            "statistics"
+        )
+    return torch.cat(
+        [p.detach().reshape(-1) for p in net.parameters()]
+    )  # cat copies; a view would go on training
 
 
 def forward_flat(net, theta, x):
     """net(x) with the parameters theta (P,) in place of net's own; differentiable in theta and x."""
     names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()))
     parts = theta.split([shape.numel() for shape in shapes])
-    return torch.func.functional_call(net, {n: part.view(s) for n, part, s in zip(names, parts, shapes)}, (x,))
+    return torch.func.functional_call(
+        net, {n: part.view(s) for n, part, s in zip(names, parts, shapes)}, (x,)
+    )
 
 
 @torch.no_grad()
 def encode(function, images, mean, std, batch_size=500):
-    """function(normalised images) over (N, C, H, W) uint8 images, in batches; (N, ...) on the images' device."""
+    """function(normalised images) over images (N, C, H, W) uint8, in batches; (N, ...) on their device."""
     return torch.cat([function(normalise(batch, mean, std)) for batch in images.split(batch_size)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Self-supervised losses and views
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def barlow_twins_loss(z1, z2, off_diagonal):
     """Barlow Twins (paper, eq. 1): sum_i (1 - F_ii)^2 + off_diagonal sum_{i != j} F_ij^2, for z1, z2 (B, d).
 
-    F is the cross-correlation of the batch; 0 if both views agree and the dimensions are uncorrelated. The standard
-    deviation divides by B, not B - 1, or F_ii of two equal views would be (B - 1) / B.
+    F is the cross-correlation of the batch; 0 if both views agree and the dimensions are uncorrelated. The
+    standard deviation divides by B, not B - 1, or F_ii of two equal views would be (B - 1) / B.
     """
     z1 = (z1 - z1.mean(0)) / (z1.var(0, correction=0) + 1e-12).sqrt()
     z2 = (z2 - z2.mean(0)) / (z2.var(0, correction=0) + 1e-12).sqrt()
     correlation = z1.T @ z2 / len(z1)  # (d, d)
     diagonal = correlation.diagonal()
-    return (1 - diagonal).square().sum() + off_diagonal * (correlation.square().sum() - diagonal.square().sum())
+    return (1 - diagonal).square().sum() + off_diagonal * (
+        correlation.square().sum() - diagonal.square().sum()
+    )
 
 
 def simclr_loss(z1, z2, temperature):
-    """SimCLR's NT-Xent for z1, z2 (B, d): cross-entropy of finding the other view among the 2 B - 1 other images."""
+    """SimCLR's NT-Xent for z1, z2 (B, d): cross-entropy of finding the other view among 2 B - 1 images."""
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     similarity = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
     other = torch.arange(len(z), device=z.device).roll(len(z1))
     return F.cross_entropy(similarity, other)
 
 
-def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0, solarize=0.0):
+def random_view(
+    images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0, solarize=0.0
+):
     """One random view of each image, every image by its own draw, computed as a batch on the images' device.
 
-    Random resized crop, mirror, colour jitter (with probability 0.8) and greyscale (0.2), then blur and solarize.
+    Random resized crop, mirror, colour jitter (with probability 0.8) and greyscale (0.2), then blur and
+    solarize.
 
     Args:
-        images: (B, C, H, W) uint8, or float in [0, 1]; C is 3, or 1 (then colour jitter is brightness and contrast).
-        generator: a torch.Generator of the images' device.
-        min_crop: smallest crop, as a share of the image's area.
-        flip: mirror half of the images.
-        jitter: strength of brightness, contrast, saturation, and hue (in turns).
-        blur, solarize: probabilities.
+        images: (B, C, H, W) uint8, or float in [0, 1]; C is 3, or 1 (then colour jitter is brightness and
+        contrast). generator: a torch.Generator of the images' device. min_crop: smallest crop, as a share of
+        the image's area. flip: mirror half of the images. jitter: strength of brightness, contrast,
+        saturation, and hue (in turns). blur, solarize: probabilities.
 
     Returns (B, C, H, W) float32 in [0, 1], differentiable in images.
 
-    differs: torchvision jitters in a random order, cuts to [0, 1] after each change and turns the hue in HSV. Here the
-    hue is a rotation in YIQ; then brightness, contrast, saturation and hue commute, and one 3x3 matrix and an offset an
-    image are all of them, greyscale (saturation 0) included.
+    differs: torchvision jitters in a random order, cuts to [0, 1] after each change and turns the hue in HSV.
+    Here the hue is a rotation in YIQ; then brightness, contrast, saturation and hue commute, and one 3x3
+    matrix and an offset an image are all of them, greyscale (saturation 0) included.
     """
     b, channels = images.shape[:2]
     x = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -441,7 +487,8 @@ def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0
     def chance(p):
         return torch.rand(b, generator=generator, device=device) < p
 
-    # Crop and mirror: an affine grid in [-1, 1]. Sides above 1 are cut to the image, where torchvision draws again.
+    # Crop and mirror: an affine grid in [-1, 1]. Sides above 1 are cut to the image, where torchvision draws
+    # again.
     area, log_ratio = uniform(min_crop, 1), uniform(math.log(3 / 4), math.log(4 / 3))
     w, h = (area * log_ratio.exp()).sqrt().clamp(max=1), (area / log_ratio.exp()).sqrt().clamp(max=1)
     affine = torch.zeros(b, 2, 3, device=device)
@@ -454,17 +501,25 @@ def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0
     # Colours: y = gain * M x + (1 - contrast) * mean luma of the image.
     on = chance(0.8).float()
     brightness, contrast = (1 + on * uniform(-s, s) for s in jitter[:2])
-    saturation, angle = 1 + on * uniform(-jitter[2], jitter[2]), on * uniform(-jitter[3], jitter[3]) * 2 * math.pi
+    saturation, angle = (
+        1 + on * uniform(-jitter[2], jitter[2]),
+        on * uniform(-jitter[3], jitter[3]) * 2 * math.pi,
+    )
     saturation = saturation * (~chance(0.2)).float()
     if channels == 3:
-        to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], device=device)
+        to_yiq = torch.tensor(
+            [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], device=device
+        )
         cos, sin = saturation * angle.cos(), saturation * angle.sin()
         turn = torch.zeros(b, 3, 3, device=device)
         turn[:, 0, 0], turn[:, 1, 1], turn[:, 2, 2], turn[:, 1, 2], turn[:, 2, 1] = 1, cos, cos, -sin, sin
         matrix = to_yiq.inverse() @ turn @ to_yiq
         luma = to_yiq[0]
     else:
-        matrix, luma = torch.eye(channels, device=device).expand(b, -1, -1), torch.full((channels,), 1 / channels, device=device)
+        matrix, luma = (
+            torch.eye(channels, device=device).expand(b, -1, -1),
+            torch.full((channels,), 1 / channels, device=device),
+        )
     mean_luma = (luma.view(-1, 1, 1) * x).sum(1).mean((1, 2))  # (B,)
     matrix = matrix * (brightness * contrast).view(-1, 1, 1)
     offset = ((1 - contrast) * brightness * mean_luma).view(-1, 1, 1)
@@ -474,38 +529,50 @@ def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0
         radius = max(1, x.shape[-1] // 20)
         at = torch.arange(-radius, radius + 1, device=device)
         kernel = (-at.square() / (2 * uniform(0.1, 2).square().view(-1, 1))).exp()
-        kernel = torch.where(chance(blur).view(-1, 1), kernel / kernel.sum(1, keepdim=True), (at == 0).float())
+        kernel = torch.where(
+            chance(blur).view(-1, 1), kernel / kernel.sum(1, keepdim=True), (at == 0).float()
+        )
         kernel = kernel.repeat_interleave(channels, 0).view(b * channels, 1, 1, -1)
         flat = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1).unsqueeze(0)
-        flat = F.conv2d(F.conv2d(flat, kernel, groups=b * channels), kernel.transpose(2, 3), groups=b * channels)
+        flat = F.conv2d(
+            F.conv2d(flat, kernel, groups=b * channels), kernel.transpose(2, 3), groups=b * channels
+        )
         x = flat.view_as(x)
     if solarize > 0:
         x = torch.where(chance(solarize).view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Linear probe
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def linear_probe(features, labels, num_classes, weight_decay=1e-3, iterations=100):
-    """The linear classifier of the evaluation (paper, appendix A): L-BFGS on mean cross-entropy + weight_decay ||W||^2.
+    """The linear classifier of the evaluation (paper, appendix A): L-BFGS on mean cross-entropy +
+    weight_decay ||W||^2.
 
     Args:
         features: (N, F); labels: (N,) int64 in [0, num_classes).
-        iterations: as the paper counts them, each of up to 20 steps (torch's L-BFGS); it ends early at the optimum.
+        iterations: as the paper counts them, each of up to 20 steps (torch's L-BFGS); it ends early at the
+        optimum.
 
     Returns weight (num_classes, F) and bias (num_classes,); the bias is not penalised.
     """
-    # The mean is taken out of the features and put back into the bias: the same optimum (the bias is free), reached in
-    # a fraction of the steps, because ReLU features are all positive.
+    # The mean is taken out of the features and put back into the bias: the same optimum (the bias is free),
+    # reached in a fraction of the steps, because ReLU features are all positive.
     centre = features.mean(0)
     x = features - centre
     weight = torch.zeros(num_classes, x.shape[1], device=x.device, requires_grad=True)
     bias = torch.zeros(num_classes, device=x.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=20 * iterations, history_size=20, tolerance_grad=1e-6,
-                                  tolerance_change=1e-10, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=20 * iterations,
+        history_size=20,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -524,20 +591,20 @@ def probe_accuracy(train_features, train_labels, test_features, test_labels):
     return 100 * ((test_features @ weight.T + bias).argmax(1) == test_labels).float().mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files and logs
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def best_device():
-    """"cuda" if there is one, else "mps", else "cpu"."""
+    """ "cuda" if there is one, else "mps", else "cpu"."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def fingerprint(*tensors):
-    """Sixteen hex digits that tell tensors apart: how a file names the targets (or the set) that it was made from."""
+    """Sixteen hex digits that tell tensors apart: how a file names the targets that it was made from."""
     digest = hashlib.sha256()
     for tensor in tensors:
         tensor = torch.as_tensor(tensor).detach().cpu().contiguous()
@@ -564,8 +631,8 @@ def load(path, keys, made_by, mmap=False):
 
     Args:
         keys: the keys that it must have.
-        made_by: the stage to name when the file is missing or of another kind, for example "train_teacher.py".
-        mmap: leave the tensors on disk until they are read.
+        made_by: the stage to name when the file is missing or of another kind, for example
+        "train_teacher.py". mmap: leave the tensors on disk until they are read.
     """
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -583,40 +650,54 @@ def load(path, keys, made_by, mmap=False):
 def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None):
     """The targets of a run with the training images that they belong to, for the stages after the teacher.
 
-    Returns (train ImageSet, targets (N, D) float32, made): made is what the next file carries of its origin, {options of
-    the earlier stages, images_id, targets_id}. Exits if targets and images do not belong together. A targets.pt written
-    by a fork needs no more than {targets}.
+    Returns (train ImageSet, targets (N, D) float32, made): made is what the next file carries of its origin,
+    {options of the earlier stages, images_id, targets_id}. Exits if targets and images do not belong
+    together. A targets.pt written by a fork needs no more than {targets}.
     """
     path = Path(out_dir) / "targets.pt"
     contents = load(path, ["targets"], f"train_teacher.py --dataset {dataset} --out_dir {out_dir}")
     targets = contents["targets"]
     if not isinstance(targets, torch.Tensor) or targets.ndim != 2 or not targets.isfinite().all():
-        fail(f"{path}: targets must be a tensor (N, D) of finite numbers; make it again with train_teacher.py")
+        fail(
+            f"{path}: targets must be a tensor (N, D) of finite numbers; make it again with train_teacher.py"
+        )
     train = load_images(dataset, "train", data_dir, image_size, limit)
     of_images = images_id(train.images)
     if len(targets) != len(train.images):
-        fail(f"{path}: has {len(targets)} targets, but --dataset {dataset} has {len(train.images)} training images; "
-             "give the --dataset, --data_dir and --limit that they were made with, or another --out_dir")
+        fail(
+            f"{path}: has {len(targets)} targets, but --dataset {dataset} has {len(train.images)} training "
+            "images; "
+            "give the --dataset, --data_dir and --limit that they were made with, or another --out_dir"
+        )
     if contents.get("images_id", of_images) != of_images:
-        fail(f"{path}: was made from other images than --dataset {dataset} at {train.images.shape[-1]} px; give the "
-             "--dataset, --data_dir and --image_size that it was made with, or another --out_dir")
+        fail(
+            f"{path}: was made from other images than --dataset {dataset} at {train.images.shape[-1]} px; "
+            "give the --dataset, --data_dir and --image_size that it was made with, or another --out_dir"
+        )
     targets = targets.float()
-    made = {"options": contents.get("options", {}), "images_id": of_images, "targets_id": fingerprint(targets)}
+    made = {
+        "options": contents.get("options", {}),
+        "images_id": of_images,
+        "targets_id": fingerprint(targets),
+    }
     return train, targets, made
 
 
 def is_done(path, stage, options, keys):
     """Whether path is there, made by the same options of the same stage; exits if it was made by others.
 
-    A file that exists is a piece of work done: this is how a stage that is started again goes on where it stopped.
+    A file that exists is a piece of work done: this is how a stage that is started again goes on where it
+    stopped.
     """
     if not Path(path).exists():
         return False
     made = load(path, keys, f"{stage}.py").get("options", {}).get(stage, {})
     for name, value in options.items():
         if name in made and made[name] != value:
-            fail(f"{path}: exists, made with --{name} {made[name]}, now --{name} {value}; move it away, or choose "
-                 "another --out_dir")
+            fail(
+                f"{path}: exists, made with --{name} {made[name]}, now --{name} {value}; move it away, or "
+                "choose another --out_dir"
+            )
     return True
 
 
@@ -626,7 +707,7 @@ def run_name(dataset):
 
 
 def recipe(options):
-    """Those of a stage's options that its result depends on; the others may differ when it is started again."""
+    """Those of a stage's options that its result depends on; the others may differ from run to run."""
     free = ("data_dir", "out_dir", "device", "threads", "num_experts", "first_expert")
     return {name: value for name, value in options.items() if name not in free}
 
@@ -658,6 +739,10 @@ class Log:
             print(text, flush=True)
 
     def progress(self, done, total):
-        """"done/total, time left" for a line."""
+        """ "done/total, time left" for a line."""
         left = (time.time() - self.started) / max(done, 1) * (total - done)
-        return f"{done}/{total}, {left:.0f} s left" if left < 600 else f"{done}/{total}, {left / 60:.0f} min left"
+        return (
+            f"{done}/{total}, {left:.0f} s left"
+            if left < 600
+            else f"{done}/{total}, {left / 60:.0f} min left"
+        )

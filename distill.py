@@ -1,16 +1,18 @@
 """Stage 3: distil a small synthetic set by matching the experts' trajectories (MKDT).
 
-In every iteration, a student starts from an expert's weights at epoch t, takes N SGD steps on the synthetic set, and
-should arrive where the expert was after M more epochs on the real data. The gradient of the distance (paper, eq. 4)
-moves the synthetic images and their learning rate.
+In every iteration, a student starts from an expert's weights at epoch t, takes N SGD steps on the synthetic
+set, and should arrive where the expert was after M more epochs on the real data. The gradient of the distance
+(paper, eq. 4) moves the synthetic images and their learning rate.
 
 Reads:  OUT/targets.pt, OUT/experts/*.pt and the data set.
 Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised; targets (S, D) float32; lr: a float;
                              indices (S,) int64 of the real images that it started from}
         OUT/sets/NAME.png   some of the images, start above result
 
-    python distill.py                                 # 2 % of CIFAR-10 from the high-loss subset: sets/mkdt_high_loss.pt
-    python distill.py --init random --iters 0         # the plain random subset, a baseline: sets/subset_random.pt
+    python distill.py                                 # 2 % of CIFAR-10 from the high-loss subset:
+    sets/mkdt_high_loss.pt python distill.py --init random --iters 0         # the plain random subset, a
+    baseline: sets/subset_random.pt python distill.py --init random --iters 0 --lr_from mkdt_high_loss    #
+    the same with the lr that MKDT learnt
 """
 
 import argparse
@@ -26,50 +28,57 @@ import common
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = common.fail
     data = parser.add_argument_group("data and files")
-    data.add_argument("--dataset", default="cifar10", help="D_real: " + ", ".join(common.DATASETS) + " or imagefolder:DIR")
-    data.add_argument("--data_dir", default="data", help="where data sets are downloaded to; DIR of --dataset imagefolder")
+    data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
+    data.add_argument("--data_dir", default="data", help="of downloads; DIR of a plain --dataset imagefolder")
     data.add_argument("--image_size", type=int, help="pixels (default: the data set's, imagefolder 32)")
     data.add_argument("--limit", type=int, help="use only so many training and test images, evenly spaced")
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     data.add_argument("--name", help="of the set (default: mkdt_INIT, or subset_INIT with --iters 0)")
     net = parser.add_argument_group("student f_S, as in train_experts.py")
     net.add_argument("--width", type=int, default=128, help="channels of the ConvNet")
-    net.add_argument("--depth", type=int, help="blocks of the ConvNet (default: 3 up to 32 px, 4 at 64 px)")
+    net.add_argument("--depth", type=int, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     syn = parser.add_argument_group("synthetic set D_syn, Z_syn")
     syn.add_argument("--fraction", type=float, default=0.02, help="|D_syn| / |D_real|")
-    syn.add_argument("--init", choices=["high_loss", "random"], default="high_loss", help="start of D_syn (section 4.2)")
-    syn.add_argument("--lr_init", type=float, default=0.1, help="start of alpha_syn; the lr of a plain subset")
+    syn.add_argument(
+        "--init", choices=["high_loss", "random"], default="high_loss", help="of D_syn (sec. 4.2)"
+    )
+    syn.add_argument("--lr_init", type=float, default=0.1, help="start of alpha_syn; lr of a plain subset")
+    syn.add_argument("--lr_from", metavar="NAME", help="take it from OUT/sets/NAME.pt instead")
     match = parser.add_argument_group("trajectory matching (eq. 4 and 8)")
-    match.add_argument("--iters", type=int, default=5000, help="S; 0: write the subset that it would start from")
+    match.add_argument("--iters", type=int, default=5000, help="S; 0: write the subset it would start from")
     match.add_argument("--syn_steps", type=int, default=40, help="N, SGD steps on D_syn (tinyimagenet: 10)")
     match.add_argument("--expert_epochs", type=int, default=2, help="M, epochs of the expert to match")
-    match.add_argument("--max_start_epoch", type=int, default=2,
-                       help="T+: start epochs 0 ... T+ - 1 (5 %% of cifar10 and cifar100: 5)")
+    match.add_argument("--max_start_epoch", type=int, default=2, help="T+: t = 0 ... T+ - 1 (5 %% cifar: 5)")
     match.add_argument("--batch_syn", type=int, default=256, help="synthetic images a step")
     match.add_argument("--inner_momentum", type=float, default=0.0, help="of the N steps (the paper: none)")
-    match.add_argument("--lr_img", type=float, default=1e3, help="lr of the pixels (5 %%: 1e4; tinyimagenet: 1e5)")
+    match.add_argument("--lr_img", type=float, default=1e3, help="lr of the pixels (5 %%: 1e4; tiny: 1e5)")
     match.add_argument("--lr_lr", type=float, default=1e-4, help="lr of alpha_syn")
-    match.add_argument("--lr_targets", type=float, default=0.0, help="lr of Z_syn (0: the paper; 1: the authors' code)")
-    match.add_argument("--momentum", type=float, default=0.5, help="of the SGD on pixels, alpha_syn and Z_syn")
+    match.add_argument("--lr_targets", type=float, default=0.0, help="lr of Z_syn (authors' code: 1)")
+    match.add_argument("--momentum", type=float, default=0.5, help="of the SGD on pixels, lr, Z_syn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default=common.best_device(), help="default: the best there is, here %(default)s")
+    parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
-    args.name = args.name or f"{'mkdt' if args.iters else 'subset'}_{args.init}"
+    default_name = f"{'mkdt' if args.iters else 'subset'}_{args.init}" + (
+        f"_lr_from_{args.lr_from}" if args.lr_from else ""
+    )
+    args.name = args.name or default_name
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The inner loop, differentiated in constant memory
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class _StudentSteps(torch.autograd.Function):
-    """N SGD steps forward; the adjoint equations of the same steps backward, each from its stored theta_n alone."""
+    """N SGD steps forward; backward, the adjoint of one step after another, from its theta_n alone."""
 
     @staticmethod
     def forward(ctx, theta, images, targets, lr, loss_fn, batches, momentum):
@@ -107,20 +116,22 @@ class _StudentSteps(torch.autograd.Function):
 
 
 def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0):
-    """Train a student on the synthetic set: theta_{n+1} = theta_n - lr v_{n+1}, v_{n+1} = momentum v_n + g_n (eq. 8).
+    """Train a student on the synthetic set: theta_{n+1} = theta_n - lr v_{n+1}, v_{n+1} = momentum v_n + g_n
+    (eq. 8).
 
-    g_n is the gradient of loss_fn(theta_n, images[batches[n]], targets[batches[n]]) in theta_n. The result is exactly
-    differentiable in theta, images, targets and lr. Autograd through the loop would hold the activations of all N steps;
-    here the forward pass keeps theta_n only, and the backward pass walks back. With lam_N = dL/dtheta_N, r_N = 0 and,
-    for n = N-1 ... 0,
+    g_n is the gradient of loss_fn(theta_n, images[batches[n]], targets[batches[n]]) in theta_n. The result is
+    exactly differentiable in theta, images, targets and lr. Autograd through the loop would hold the
+    activations of all N steps; here the forward pass keeps theta_n only, and the backward pass walks back.
+    With lam_N = dL/dtheta_N, r_N = 0 and, for n = N-1 ... 0,
 
         r_n = lam_{n+1} + momentum r_{n+1},   s_n = <g_n, r_n>,   lam_n = lam_{n+1} - lr ds_n/dtheta_n
 
-    (r_n held fixed in s_n) it sums dL/dimages -= lr ds_n/dimages, dL/dtargets -= lr ds_n/dtargets, dL/dlr -= s_n, and
-    ends in dL/dtheta = lam_0. The memory is that of one step and N + 1 vectors theta_n.
+    (r_n held fixed in s_n) it sums dL/dimages -= lr ds_n/dimages, dL/dtargets -= lr ds_n/dtargets, dL/dlr -=
+    s_n, and ends in dL/dtheta = lam_0. The memory is that of one step and N + 1 vectors theta_n.
 
     Args:
-        loss_fn: (theta (P,), images (B, C, H, W), targets (B, D)) -> scalar; a function of these alone, without any
+        loss_fn: (theta (P,), images (B, C, H, W), targets (B, D)) -> scalar; a function of these alone,
+        without any
             randomness of its own, for it is called again on the way back.
         theta: (P,); images: (S, C, H, W); targets: (S, D); lr: a scalar tensor.
         batches: N index tensors into images and targets, on their device.
@@ -131,25 +142,26 @@ def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0):
 
 
 def matching_loss(theta, start, target):
-    """||theta - target||^2 / ||start - target||^2 (eq. 4): 1 if the student stood still, 0 if it landed on the expert."""
+    """||theta - target||^2 / ||start - target||^2 (eq. 4): 1 if the student stood still, 0 if it arrived."""
     return (theta - target).square().sum() / (start - target).square().sum()
 
 
 def draw_batches(size, batch_size, steps, generator):
-    """`steps` index tensors (B,): passes over range(size), each in a new order, the last batch of a pass may be small."""
+    """`steps` index tensors (B,): passes over range(size) in ever new orders; a pass's last may be small."""
     batches = []
     while len(batches) < steps:
         batches += torch.randperm(size, generator=generator).split(batch_size)
     return batches[:steps]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The start of the set, and its experts
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def high_loss_indices(example_losses, size):
-    """The `size` images with the highest loss, (size,), hardest first; example_losses (K, N) is averaged over experts.
+    """The `size` images with the highest loss, (size,), hardest first; example_losses (K, N) is averaged over
+    experts.
 
     Section 4.2, "Initializing Synthetic Data"; no labels, no balancing.
     """
@@ -157,8 +169,9 @@ def high_loss_indices(example_losses, size):
 
 
 def load_experts(folder, num_images, num_parameters, targets_id):
-    """All experts of a run: trajectories, a list of K (E + 1, P) that stay on disk until rows are read, and the mean
-    example loss (N,). Exits if a file does not belong to the others, to these targets or to this student."""
+    """All experts of a run: trajectories, a list of K (E + 1, P) that stay on disk until rows are read, and
+    the mean example loss (N,). Exits if a file does not belong to the others, to these targets or to this
+    student."""
     paths = sorted(folder.glob("[0-9]*.pt"))
     if not paths:
         common.fail(f"{folder}: has no experts; make them with train_experts.py")
@@ -169,22 +182,30 @@ def load_experts(folder, num_images, num_parameters, targets_id):
         options = expert.get("options", {}).get("train_experts")
         first = first or (trajectory.shape, options)
         if trajectory.shape[1:] != (num_parameters,):
-            common.fail(f"{path}: students have P = {trajectory.shape[-1]} parameters, here P = {num_parameters}; give the "
-                        "--width, --depth and --image_size of train_experts.py, or make the experts again")
+            common.fail(
+                f"{path}: students have P = {trajectory.shape[-1]} parameters, here P = {num_parameters}; "
+                "give the --width, --depth and --image_size of train_experts.py, or make the experts again"
+            )
         if loss.shape != (num_images,) or expert.get("targets_id", targets_id) != targets_id:
-            common.fail(f"{path}: was trained on other targets than {folder.parent / 'targets.pt'}; make it again with "
-                        "train_experts.py")
+            common.fail(
+                f"{path}: was trained on other targets than {folder.parent / 'targets.pt'}; make it again "
+                "with train_experts.py"
+            )
         if (trajectory.shape, options) != first:
-            common.fail(f"{path}: was made with other options than {paths[0]}; make them all again with the same, or move "
-                        "one kind away")
+            common.fail(
+                f"{path}: was made with other options than {paths[0]}; make them all again with the same, "
+                "or move one kind away"
+            )
         trajectories.append(trajectory)
         losses.append(loss.clone())
     return trajectories, torch.stack(losses)
 
 
 def save_picture(path, start, result, stats, count=30, columns=10):
-    """Write the first `count` images as rows of `columns`: each row of the start (S, C, H, W) above one of the result."""
-    rows = [part[i : i + columns] for i in range(0, min(count, len(start)), columns) for part in (start, result)]
+    """Write the first `count` images, rows of `columns`, each of the start (S, C, H, W) above its result."""
+    rows = [
+        part[i : i + columns] for i in range(0, min(count, len(start)), columns) for part in (start, result)
+    ]
     images = common.denormalise(torch.cat([row.cpu() for row in rows]), *stats)
     images = F.interpolate(images, scale_factor=max(1, 48 // images.shape[-1]), mode="nearest")
     torchvision.utils.save_image(images, path, nrow=columns, padding=2, pad_value=1.0)
@@ -196,7 +217,8 @@ def main(args):
     options = common.recipe(vars(args))
     path = args.out_dir / "sets" / f"{args.name}.pt"
     if common.is_done(path, "distill", options, ["images", "targets", "lr"]):
-        return print(f"{path} is there: nothing to do")
+        print(f"{path} is there: nothing to do")
+        return
     train, all_targets, made = common.load_targets(
         args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit
     )
@@ -204,8 +226,12 @@ def main(args):
     stats = (train.mean, train.std)
     size = int(args.fraction * n)  # S
     if not 1 <= size <= n:
-        common.fail(f"--fraction {args.fraction}: makes a set of {size} of {n} images; choose one in ({1 / n:.2g}, 1]")
-    net = common.ConvNet(all_targets.shape[1], px, channels, args.width, args.depth or common.default_depth(px))
+        common.fail(
+            f"--fraction {args.fraction}: makes a set of {size} of {n} images; choose one in ({1 / n:.2g}, 1]"
+        )
+    net = common.ConvNet(
+        all_targets.shape[1], px, channels, args.width, args.depth or common.default_depth(px)
+    )
     net = net.to(args.device)
     num_parameters = common.flatten(net).numel()
 
@@ -215,8 +241,12 @@ def main(args):
         )
         epochs, needed = len(trajectories[0]) - 1, args.max_start_epoch - 1 + args.expert_epochs
         if args.iters and (args.max_start_epoch < 1 or args.expert_epochs < 1 or epochs < needed):
-            common.fail(f"--max_start_epoch {args.max_start_epoch} and --expert_epochs {args.expert_epochs} read the epochs "
-                        f"0 to {needed} of the experts, which have {epochs}; both must be at least 1")
+            common.fail(
+                f"--max_start_epoch {args.max_start_epoch} and --expert_epochs {args.expert_epochs} read "
+                f"the epochs 0 to {needed} of the experts, which have {epochs}; both must be at least 1"
+            )
+    if args.lr_from:
+        args.lr_init = common.load(args.out_dir / "sets" / f"{args.lr_from}.pt", ["lr"], "distill.py")["lr"]
     generator = torch.Generator().manual_seed(args.seed)
     if args.init == "high_loss":
         indices = high_loss_indices(example_losses, size)
@@ -232,7 +262,9 @@ def main(args):
     optimizer = torch.optim.SGD(groups, momentum=args.momentum)
     log = common.Log(args.out_dir, f"distill_{args.name}", vars(args))
 
-    def kd_loss(theta, x, z):  # eq. 5 on a synthetic batch; a fork's own objective goes here and in train_experts.py
+    def kd_loss(
+        theta, x, z
+    ):  # eq. 5 on a synthetic batch; a fork's own objective goes here and in train_experts.py
         return F.mse_loss(common.forward_flat(net, theta, x), z)
 
     for it in range(1, args.iters + 1):
@@ -241,7 +273,9 @@ def main(args):
         t = torch.randint(args.max_start_epoch, (), generator=generator).item()
         start = trajectories[k][t].to(args.device)
         goal = trajectories[k][t + args.expert_epochs].to(args.device)
-        batches = [batch.to(args.device) for batch in draw_batches(size, args.batch_syn, args.syn_steps, generator)]
+        batches = [
+            batch.to(args.device) for batch in draw_batches(size, args.batch_syn, args.syn_steps, generator)
+        ]
         theta = student_steps(kd_loss, start, images, targets, lr, batches, args.inner_momentum)
         loss = matching_loss(theta, start, goal)
         optimizer.zero_grad()
@@ -251,13 +285,26 @@ def main(args):
 
         value = loss.item()
         if not (math.isfinite(value) and images.isfinite().all()):
-            common.fail(f"the matching loss is {value} in iteration {it} (lr {lr.item():.3g}): choose a smaller --lr_img than "
-                        f"{args.lr_img:g}, or a smaller --lr_lr or --lr_init")
+            common.fail(
+                f"the matching loss is {value} in iteration {it} (lr {lr.item():.3g}): choose a smaller "
+                f"--lr_img than {args.lr_img:g}, or a smaller --lr_lr or --lr_init"
+            )
         moved = (images.detach() - start_images).abs().mean().item()
-        log.write(iteration=it, expert=k, start_epoch=t, matching_loss=value, lr=lr.item(), pixel_change=moved,
-                  seconds=round(time.time() - began, 4))
-        log.say(f"iteration {log.progress(it, args.iters)}: matching loss {value:.4f}, lr {lr.item():.4f}, pixels moved "
-                f"{moved:.4f}", last=it == args.iters)
+        log.write(
+            iteration=it,
+            expert=k,
+            start_epoch=t,
+            matching_loss=value,
+            lr=lr.item(),
+            pixel_change=moved,
+            seconds=round(time.time() - began, 4),
+        )
+        log.say(
+            f"iteration {log.progress(it, args.iters)}: matching loss {value:.4f}, lr {lr.item():.4f}, "
+            "pixels moved "
+            f"{moved:.4f}",
+            last=it == args.iters,
+        )
 
     common.save(path, {
         "images": images.detach().cpu(),

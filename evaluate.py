@@ -1,16 +1,17 @@
 """Stage 4: pre-train encoders on each set and judge them by linear probes with few labels.
 
-For each set and seed, a fresh student is trained on (images, targets) with the set's learning rate (paper, eq. 9), its
-head is dropped, and a linear classifier is fitted to its features of a small random part of a downstream data set's
-labelled images (eq. 3). One encoder a seed serves all downstream sets; the labelled images of a seed are the same for
-all sets, and a smaller fraction is part of a larger.
+For each set and seed, a fresh student is trained on (images, targets) with the set's learning rate (paper,
+eq. 9), its head is dropped, and a linear classifier is fitted to its features of a small random part of a
+downstream data set's labelled images (eq. 3). One encoder a seed serves all downstream sets; the labelled
+images of a seed are the same for all sets, and a smaller fraction is part of a larger.
 
 Reads:  OUT/sets/*.pt, OUT/targets.pt (for "full") and the data sets.
 Writes: OUT/results.jsonl   one record an accuracy; a stage that is started again only adds what is missing
         OUT/results.md      the table, mean and standard deviation over the seeds
 
-    python evaluate.py                                             # none, every set in OUT/sets, full; on CIFAR-10
-    python evaluate.py --downstream cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers      # as in Table 1
+    python evaluate.py                                             # none, every set in OUT/sets, full; on
+    CIFAR-10 python evaluate.py --downstream cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers
+    # as in Table 1
 
 The set "none" is the student's random initialisation, "full" the real images with the teacher's targets.
 """
@@ -29,6 +30,7 @@ ROWS = {  # names of the table's rows, in its order; other sets follow under the
     "none": "no pre-training",
     "subset_random": "random subset",
     "subset_high_loss": "high-loss subset",
+    "subset_random_lr_from_mkdt_random": "random subset, lr of MKDT",
     "mkdt_random": "MKDT (random init)",
     "mkdt_high_loss": "MKDT",
     "full": "full data",
@@ -36,18 +38,20 @@ ROWS = {  # names of the table's rows, in its order; other sets follow under the
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = common.fail
     data = parser.add_argument_group("data and files")
-    data.add_argument("--dataset", default="cifar10", help="D_real: " + ", ".join(common.DATASETS) + " or imagefolder:DIR")
-    data.add_argument("--data_dir", default="data", help="where data sets are downloaded to; DIR of --dataset imagefolder")
+    data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
+    data.add_argument("--data_dir", default="data", help="of downloads; DIR of a plain --dataset imagefolder")
     data.add_argument("--image_size", type=int, help="pixels (default: the data set's, imagefolder 32)")
-    data.add_argument("--limit", type=int, help="use only so many training and test images of each data set")
+    data.add_argument("--limit", type=int, help="use only so many training and test images, evenly spaced")
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
-    data.add_argument("--sets", nargs="+", help="names in OUT/sets, none, full (default: none, all that are there, full)")
+    data.add_argument("--sets", nargs="+", help="of OUT/sets, none, full (default: none, all, full)")
     net = parser.add_argument_group("student f_S, as in train_experts.py")
     net.add_argument("--width", type=int, default=128, help="channels of the ConvNet")
-    net.add_argument("--depth", type=int, help="blocks of the ConvNet (default: 3 up to 32 px, 4 at 64 px)")
+    net.add_argument("--depth", type=int, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     pre = parser.add_argument_group("pre-training (eq. 9)")
     pre.add_argument("--epochs", type=int, default=20)
     pre.add_argument("--batch_size", type=int, default=256)
@@ -55,12 +59,12 @@ def parse_args(argv=None):
     pre.add_argument("--momentum", type=float, default=0.9)
     pre.add_argument("--weight_decay", type=float, default=1e-4)
     probe = parser.add_argument_group("linear probe (eq. 3)")
-    probe.add_argument("--downstream", nargs="+", help="D_d, data sets of the probe (default: --dataset; paper: seven)")
-    probe.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.05], help="labelled part of D_d")
-    probe.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of initialisation, order and labels")
-    probe.add_argument("--split", choices=["test", "val"], default="test",
-                       help="val: judge on every fifth training image, held out of the labels; to choose options by")
-    parser.add_argument("--device", default=common.best_device(), help="default: the best there is, here %(default)s")
+    probe.add_argument("--downstream", nargs="+", help="D_d, its data sets (default: --dataset)")
+    probe.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.05], help="labelled part")
+    probe.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, order and labels")
+    val = "val: on every fifth training image, whose labels are held out; to choose options by"
+    probe.add_argument("--split", choices=["test", "val"], default="test", help=val)
+    parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
@@ -69,12 +73,12 @@ def parse_args(argv=None):
 
 
 def pretrain(net, images, targets, stats, lr, args, seed):
-    """Train net in place on (images, targets) by SGD on the MSE (eq. 9).
+    """Train net in place on (images, targets) by SGD on the MSE (eq. 9); returns the last batch's loss.
 
     images (S, C, H, W) are normalised floats, or uint8 to be normalised with stats, the mean and std.
     """
     order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(net.parameters(), lr, args.momentum, weight_decay=args.weight_decay)
     for _ in range(args.epochs):
         for batch in torch.randperm(len(images), generator=order).to(images.device).split(args.batch_size):
             x = images[batch]
@@ -87,30 +91,74 @@ def pretrain(net, images, targets, stats, lr, args, seed):
     return loss.item()
 
 
+def probe(net, train, test, fractions, seed):
+    """Test accuracy in percent of linear probes on net's features, {fraction of labelled images: accuracy}
+    (eq. 3).
+
+    The labelled images are drawn uniformly by the seed, not balanced (as the authors do); a smaller fraction
+    is part of a larger.
+    """
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))
+    order = order[: int(max(fractions) * len(order))].to(train.labels.device)
+    net.eval()
+    features = common.encode(net.features, train.images[order], train.mean, train.std)
+    test_features = common.encode(net.features, test.images, train.mean, train.std)
+    accuracies = {}
+    for fraction in fractions:
+        n = int(fraction * len(train.labels))
+        accuracies[fraction] = common.probe_accuracy(
+            features[:n], train.labels[order[:n]], test_features, test.labels
+        )
+    return accuracies
+
+
 def load_set(path, channels, image_size, out_dim):
     """A set's (images, targets, lr); exits if it does not fit the student."""
     contents = common.load(path, ["images", "targets", "lr"], "distill.py")
     images, targets, lr = contents["images"], contents["targets"], contents["lr"]
     if images.shape[1:] != (channels, image_size, image_size) or len(images) != len(targets):
-        common.fail(f"{path}: has images {tuple(images.shape)} and targets {tuple(targets.shape)}, but the data set has images "
-                    f"of {channels} x {image_size} x {image_size}; give the --dataset and --image_size it was made with")
+        common.fail(
+            f"{path}: has images {tuple(images.shape)} and targets {tuple(targets.shape)}, but the data "
+            "set has images "
+            f"of {channels} x {image_size} x {image_size}; give the --dataset and --image_size it was made "
+            "with"
+        )
     if targets.shape[1:] != (out_dim,):
-        common.fail(f"{path}: has targets of D = {targets.shape[-1]}, the run's targets.pt D = {out_dim}; make it again")
+        common.fail(
+            f"{path}: has targets of D = {targets.shape[-1]}, the run's targets.pt D = {out_dim}; make it "
+            "again"
+        )
     return images, targets, float(lr)
 
 
-def load_downstream(name, args, device):
-    """(train ImageSet, test ImageSet) of a downstream data set, on the device; with --split val, both of its train split."""
-    of_run = name == args.dataset
-    sizes = dict(image_size=args.image_size if of_run else None, limit=args.limit)
-    train = common.load_images(name, "train", args.data_dir, **sizes)
+def load_downstream(name, args, channels):
+    """(train, test) ImageSets of a downstream data set on the device; for --split val, of its train."""
+    size = args.image_size if name == args.dataset else None
+    train = test = common.load_images(name, "train", args.data_dir, size, args.limit)
+    n = len(train.images)
     if args.split == "val":
-        held_out = torch.arange(len(train.images)) % 5 == 4
+        held_out = torch.arange(n) % 5 == 4
         test = train._replace(images=train.images[held_out], labels=train.labels[held_out])
         train = train._replace(images=train.images[~held_out], labels=train.labels[~held_out])
     else:
-        test = common.load_images(name, "test", args.data_dir, **sizes)
-    return (s._replace(images=s.images.to(device), labels=s.labels.to(device)) for s in (train, test))
+        test = common.load_images(name, "test", args.data_dir, size, args.limit)
+    if train.images.shape[1] != channels:
+        common.fail(
+            f"--downstream {name}: has {train.images.shape[1]} colour channels, the student {channels}"
+        )
+    for fraction in args.fractions:
+        if not 0 < fraction <= 1 or int(fraction * len(train.images)) < 1:
+            common.fail(
+                f"--fractions {fraction}: is none of the {len(train.images)} labelled images of {name}, or "
+                "more than all; choose one above 0, at most 1"
+            )
+    return tuple(part._replace(images=part.images.to(args.device), labels=part.labels.to(args.device))
+                 for part in (train, test))  # fmt: skip
+
+
+def key(record):
+    """What an accuracy in results.jsonl belongs to, besides the options."""
+    return tuple(record[name] for name in ("set", "set_id", "downstream", "fraction", "seed"))
 
 
 def read_results(path):
@@ -121,8 +169,10 @@ def read_results(path):
             file.write("\n")
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            key(record), record["accuracy"], record["options"]
+            records.append(record)
+        except (json.JSONDecodeError, KeyError, TypeError):
             print(f"warning: {path}: line {number} is broken and left out", flush=True)
     return records
 
@@ -153,9 +203,13 @@ def main(args):
     )
     channels, px = train.images.shape[1:3]
     stats, depth = (train.mean, train.std), args.depth or common.default_depth(px)
-    there = sorted(path.stem for path in (args.out_dir / "sets").glob("*.pt"))
-    names = args.sets or ["none", *there, "full"]
-    names.sort(key=lambda name: list(ROWS).index(name) if name in ROWS else len(ROWS) - 1.5)
+
+    # What is compared: name -> (images, targets, lr), or None for a student that is not pre-trained.
+    names = args.sets or ["none", *(path.stem for path in (args.out_dir / "sets").glob("*.pt")), "full"]
+    known = list(ROWS)
+    names = sorted(
+        set(names), key=lambda name: (known.index(name) if name in known else len(known) - 1.5, name)
+    )
     sets = {}
     for name in names:
         if name == "none":
@@ -164,64 +218,68 @@ def main(args):
             sets[name] = (train.images, all_targets, args.lr)
         else:
             sets[name] = load_set(args.out_dir / "sets" / f"{name}.pt", channels, px, all_targets.shape[1])
-    downstream = {}
+    downstream = {}  # name -> (train ImageSet, test ImageSet)
     for name in args.downstream:
-        downstream[name] = d_train, _ = tuple(load_downstream(name, args, args.device))
-        if d_train.images.shape[1] != channels:
-            common.fail(f"--downstream {name}: images have {d_train.images.shape[1]} channels, the student {channels}")
-        for fraction in args.fractions:
-            if not 1 <= int(fraction * len(d_train.labels)) <= len(d_train.labels):
-                common.fail(f"--fractions {fraction}: of the {len(d_train.labels)} training images of {name} this is "
-                            "none, or more than all; choose one above 0, at most 1")
+        downstream[name] = load_downstream(name, args, channels)
 
-    # A cell of the table is done when results.jsonl has a record of just these options, of the very same set.
+    # An accuracy is known if results.jsonl has it for just these options and the very same set.
     results = args.out_dir / "results.jsonl"
     wanted = ("image_size", "limit", "width", "epochs", "batch_size", "momentum", "weight_decay", "split")
-    options = {name: getattr(args, name) for name in wanted} | {"depth": depth, "targets_id": made["targets_id"]}
-    done = {}
-    for r in read_results(results):
-        key = r.get("set"), r.get("set_id"), r.get("downstream"), r.get("fraction"), r.get("seed")
-        if r.get("options") == options:
-            done[key] = r["accuracy"]
+    options = {name: getattr(args, name) for name in wanted} | {
+        "depth": depth,
+        "targets_id": made["targets_id"],
+    }
+    known = {
+        key(record): record["accuracy"] for record in read_results(results) if record["options"] == options
+    }
     log = common.Log(args.out_dir, "evaluate", vars(args))
-    cells, total = {}, len(sets) * len(args.seeds)
-    for i, (name, contents) in enumerate(sets.items()):
+    cells, done = {}, 0
+    for name, contents in sets.items():
         set_id = common.fingerprint(*contents) if contents else "none"
-        if contents:
-            images, targets, lr = contents[0].to(args.device), contents[1].to(args.device), contents[2]
-        for j, seed in enumerate(args.seeds):
-            keys = {(d, f): (name, set_id, d, f, seed) for d in downstream for f in args.fractions}
-            if not all(key in done for key in keys.values()):
+        for seed in args.seeds:
+            cell = {"set": name, "set_id": set_id, "seed": seed}
+            missing = [
+                d for d in downstream
+                if any(key({**cell, "downstream": d, "fraction": f}) not in known for f in args.fractions)
+            ]  # fmt: skip
+            if missing:
                 torch.manual_seed(seed)
                 net = common.ConvNet(all_targets.shape[1], px, channels, args.width, depth).to(args.device)
                 if contents:
+                    images, targets, lr = (
+                        contents[0].to(args.device),
+                        contents[1].to(args.device),
+                        contents[2],
+                    )
                     loss = pretrain(net, images, targets, stats, lr, args, seed)
                     if not math.isfinite(loss):
-                        common.fail(f"pre-training on {name} with lr {lr:.3g} ended in a loss of {loss}: its lr is too large")
-                for d, (d_train, d_test) in downstream.items():
-                    if all(keys[d, f] in done for f in args.fractions):
-                        continue
-                    order = torch.randperm(len(d_train.labels), generator=torch.Generator().manual_seed(seed))
-                    order = order[: int(max(args.fractions) * len(order))].to(args.device)
-                    features, test_features = (
-                        common.encode(net.eval().features, x, d_train.mean, d_train.std)
-                        for x in (d_train.images[order], d_test.images)
-                    )
-                    for f in args.fractions:
-                        labelled = int(f * len(d_train.labels))
-                        accuracy = common.probe_accuracy(
-                            features[:labelled], d_train.labels[order[:labelled]], test_features, d_test.labels
+                        common.fail(
+                            f"pre-training on {name} diverged (loss {loss}): its lr, {lr:.3g}, is too large"
                         )
-                        done[keys[d, f]] = accuracy
-                        record = dict(set=name, set_id=set_id, downstream=d, fraction=f, seed=seed, accuracy=accuracy)
+            for d in missing:
+                for f, accuracy in probe(net, *downstream[d], args.fractions, seed).items():
+                    record = {
+                        **cell,
+                        "downstream": d,
+                        "fraction": f,
+                        "accuracy": accuracy,
+                        "options": options,
+                    }
+                    if key(record) not in known:
+                        known[key(record)] = accuracy
                         with open(results, "a") as file:
-                            file.write(json.dumps({**record, "labels": labelled, "options": options}) + "\n")
-            cells |= {(name, d, f, seed): done[key] for (d, f), key in keys.items()}
-            log.say(f"encoder {log.progress(i * len(args.seeds) + j + 1, total)}: {name}, seed {seed}")
+                            file.write(json.dumps(record) + "\n")
+            for d in downstream:
+                for f in args.fractions:
+                    cells[name, d, f, seed] = known[key({**cell, "downstream": d, "fraction": f})]
+            done += 1
+            log.say(f"encoder {log.progress(done, len(sets) * len(args.seeds))}: {name}, seed {seed}")
 
-    table = make_table(cells, list(sets), args.downstream, args.fractions, args.seeds)
-    caption = (f"Linear-probe accuracy in % ({args.split} split), mean ± std (divisor n - 1) over n = {len(args.seeds)} seeds; "
-               f"pre-training on {args.dataset}, {args.epochs} epochs.")  # fmt: skip
+    table = make_table(cells, list(sets), list(downstream), args.fractions, args.seeds)
+    caption = (
+        f"Linear-probe accuracy in % on the {args.split} split, mean ± std (divisor n - 1) over n = "
+        f"{len(args.seeds)} seeds; pre-training on {args.dataset} for {args.epochs} epochs."
+    )
     (args.out_dir / "results.md").write_text(f"{table}\n{caption}\n")
     print(f"\n{table}\n{caption}\nwrote {args.out_dir / 'results.md'} and results.jsonl")
 

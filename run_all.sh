@@ -6,45 +6,85 @@
 #   bash run_all.sh imagefolder DIR       your images in DIR/{train,test}/CLASS/*
 #   bash run_all.sh PRESET rehearse       the same stages, shrunk to minutes on a CPU
 #
-# Variables: FRACTION (0.02; 0.05 sets the paper's 5 % options), OUT (runs/PRESET), DATA_DIR (data), DOWNSTREAM (data sets
-# of the probe), SSL (barlow_twins, simclr), IMAGE_SIZE (of an imagefolder, 32), SEEDS, DRY_RUN=1 (print the commands only).
+# Variables, with their defaults:
+#   FRACTION=0.02       size of the set; 0.05 or more takes the paper's options of its 5 % sets
+#   SSL=barlow_twins    or simclr (the default of digits)
+#   DOWNSTREAM="..."    data sets of the probe: the paper's seven; digits and imagefolder: themselves
+#   SEEDS="0 1 2"       of the evaluation
+#   IMAGE_SIZE=32       of an imagefolder
+#   DATA_DIR=data  OUT=runs/PRESET  PYTHON=python
+#   DRY_RUN=1           print the commands only
 # What is finished is not done again: after an interruption, give the same command once more.
-set -euo pipefail
+set -eo pipefail
+
+usage() { echo "error: $1" >&2; exit 2; }
 
 preset=${1:-digits}
+[ $# -eq 0 ] || shift
 case $preset in
-  digits | cifar10 | cifar100 | tinyimagenet) dataset=$preset; shift || true ;;
+  digits | cifar10 | cifar100 | tinyimagenet) dataset=$preset ;;
   imagefolder)
-    [ $# -ge 2 ] || { echo "error: imagefolder needs a folder: bash run_all.sh imagefolder DIR" >&2; exit 2; }
-    dataset=imagefolder:${2%/}; shift 2 ;;
-  *) echo "error: preset '$preset' is unknown: choose digits, cifar10, cifar100, tinyimagenet or imagefolder DIR" >&2; exit 2 ;;
+    [ $# -ge 1 ] || usage "imagefolder needs a folder: bash run_all.sh imagefolder DIR"
+    dataset=imagefolder:${1%/}; shift ;;
+  *) usage "preset '$preset' is unknown: choose digits, cifar10, cifar100, tinyimagenet, or imagefolder DIR" ;;
 esac
-rehearse=
-case "$*" in
-  "") ;;
-  rehearse) rehearse=1 ;;
-  *) echo "error: '$*' is not understood: after the preset, only the word rehearse" >&2; exit 2 ;;
-esac
+[ $# -eq 0 ] || [ "$*" = rehearse ] || usage "'$*' is not understood: after the preset comes nothing, or the word rehearse"
+rehearse=$1
 
+# The options of each stage. The scripts' defaults are the paper's setting for 2 % of CIFAR-10.
+ssl=barlow_twins student=() teacher=() experts=() distill=() evaluate=() downstream=$dataset seeds="0 1 2"
 fraction=${FRACTION:-0.02}
-out=${OUT:-runs/$(basename "${dataset#*:}")${rehearse:+_rehearsal}$([ "$fraction" = 0.02 ] || echo "_$fraction")}
-data=(--dataset "$dataset" --data_dir "${DATA_DIR:-data}" --out_dir "$out")
-[ -z "${IMAGE_SIZE:-}" ] || data+=(--image_size "$IMAGE_SIZE")
-
-# Options of each stage; the scripts' own defaults are the paper's CIFAR-10 2 % setting.
-student=() teacher=(--ssl "${SSL:-barlow_twins}") experts=() distill=(--fraction "$fraction") evaluate=()
-seven="cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers"
-five_percent=$(awk "BEGIN { print ($fraction >= 0.05) }")
 case $preset in
-  digits) ;;
-  cifar10 | cifar100)
-    evaluate=(--downstream ${DOWNSTREAM:-$seven})
-    if [ "$five_percent" = 1 ]; then
-      distill+=(--max_start_epoch 5 --lr_img 1e4) experts=(--epochs 6)
-    fi ;;
-  tinyimagenet)
-    evaluate=(--downstream ${DOWNSTREAM:-$seven})
-    teacher+=(--bt_lambda 0.0009765625) distill+=(--syn_steps 10 --lr_img 1e5) ;;
-  imagefolder)
-    evaluate=(--downstream ${DOWNSTREAM:-$dataset}) ;;
+  digits) # chosen on held-out training images (evaluate.py --split val)
+    ssl=simclr fraction=${FRACTION:-0.05} seeds="0 1 2 3 4 5 6 7 8 9"
+    student=(--threads 1 --width 32)
+    teacher=(--width 16 --epochs 40 --batch_size 128 --lr 0.003 --min_crop 0.4)
+    experts=(--num_experts 10 --epochs 4 --batch_size 32)
+    distill=(--batch_syn 32 --iters 250 --syn_steps 20 --expert_epochs 1 --max_start_epoch 4)
+    distill+=(--lr_img 100 --lr_lr 1e-3)
+    evaluate=(--batch_size 32 --fractions 0.02 0.1) ;;
+  cifar10 | cifar100 | tinyimagenet)
+    downstream="cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers" ;;
 esac
+case $preset in
+  tinyimagenet)
+    teacher=(--bt_lambda 0.0009765625) distill=(--syn_steps 10 --lr_img 1e5) ;;
+  cifar10 | cifar100)
+    if awk "BEGIN { exit !($fraction >= 0.05) }"; then
+      experts=(--epochs 6) distill=(--max_start_epoch 5 --lr_img 1e4)
+    fi ;;
+esac
+if [ "$rehearse" ]; then # options given twice: the last one counts
+  downstream=$dataset seeds="0 1"
+  student+=(--limit 500 --width 16)
+  teacher+=(--limit 500 --width 8 --epochs 1 --batch_size 100)
+  experts+=(--num_experts 2)
+  distill+=(--iters 3 --syn_steps 3)
+  evaluate+=(--epochs 2 --fractions 0.1 0.5)
+fi
+
+suffix=
+[ "$fraction" = 0.02 ] || [ $preset = digits ] || suffix=_$fraction
+out=${OUT:-runs/$(basename "${dataset#*:}")$suffix${rehearse:+_rehearsal}}
+data=(--dataset "$dataset" --data_dir "${DATA_DIR:-data}" --out_dir "$out")
+[ -z "$IMAGE_SIZE" ] || data+=(--image_size "$IMAGE_SIZE")
+
+run() {
+  echo "+ python$(printf ' %q' "$@")"
+  [ "$DRY_RUN" ] || "${PYTHON:-python}" "$@"
+}
+
+two_percent=${out/$suffix/}
+if [ "$suffix" ] && [ -f "$two_percent/targets.pt" ] && [ ! -e "$out" ] && [ -z "$DRY_RUN" ]; then
+  mkdir -p "$out" && cp "$two_percent"/{teacher,targets}.pt "$out" # sets of all sizes have one teacher
+fi
+run train_teacher.py "${data[@]}" --ssl "${SSL:-$ssl}" "${teacher[@]}"
+run train_experts.py "${data[@]}" "${student[@]}" "${experts[@]}"
+for init in random high_loss; do
+  set=("${data[@]}" "${student[@]}" --init $init --fraction "$fraction" "${distill[@]}")
+  run distill.py "${set[@]}" --iters 0 # the plain subset
+  run distill.py "${set[@]}"
+done
+run distill.py "${data[@]}" "${student[@]}" --init random --fraction "$fraction" --iters 0 --lr_from mkdt_random
+run evaluate.py "${data[@]}" "${student[@]}" "${evaluate[@]}" \
+  --downstream ${DOWNSTREAM:-$downstream} --seeds ${SEEDS:-$seeds}

@@ -1,17 +1,19 @@
-"""Stage 2: train K students on the teacher's targets and keep their weights after every epoch, the expert trajectories.
+"""Stage 2: train K students on the teacher's targets and keep their weights after every epoch, the expert
+trajectories.
 
-Each student starts from its own random weights and minimises the MSE between its output and the targets (knowledge
-distillation, paper eq. 5 and 7) on the real images, without augmentation.
+Each student starts from its own random weights and minimises the MSE between its output and the targets
+(knowledge distillation, paper eq. 5 and 7) on the real images, without augmentation.
 
 Reads:  OUT/targets.pt and the data set.
 Writes: OUT/experts/0000.pt ...   {trajectory (E + 1, P) float32: weights at the start and after each epoch,
-                                   example_loss (N,) float32: each image's MSE after the first epoch}, one file an expert
+                                   example_loss (N,) float32: each image's MSE after the first epoch}, one
+                                   file an expert
 
     python train_experts.py                                          # K = 100, the paper's CIFAR-10 setting
     python train_experts.py --first_expert 50 --num_experts 50       # the second half, on another machine
 
-The paper trains for 20 epochs. Distillation reads the weights of epochs 0 to T+ - 1 + M only, and the lr is constant,
-so the default is to stop there, at 3 of 20: the same trajectories for a seventh of the work.
+The paper trains for 20 epochs. Distillation reads the weights of epochs 0 to T+ - 1 + M only, and the lr is
+constant, so the default is to stop there, at 3 of 20: the same trajectories for a seventh of the work.
 """
 
 import argparse
@@ -26,27 +28,29 @@ import common
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = common.fail
     data = parser.add_argument_group("data and files")
-    data.add_argument("--dataset", default="cifar10", help="D_real: " + ", ".join(common.DATASETS) + " or imagefolder:DIR")
-    data.add_argument("--data_dir", default="data", help="where data sets are downloaded to; DIR of --dataset imagefolder")
+    data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
+    data.add_argument("--data_dir", default="data", help="of downloads; DIR of a plain --dataset imagefolder")
     data.add_argument("--image_size", type=int, help="pixels (default: the data set's, imagefolder 32)")
     data.add_argument("--limit", type=int, help="use only so many training and test images, evenly spaced")
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     net = parser.add_argument_group("student f_S")
     net.add_argument("--width", type=int, default=128, help="channels of the ConvNet")
-    net.add_argument("--depth", type=int, help="blocks of the ConvNet (default: 3 up to 32 px, 4 at 64 px)")
+    net.add_argument("--depth", type=int, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     kd = parser.add_argument_group("expert trajectories (eq. 7)")
     kd.add_argument("--num_experts", type=int, default=100, help="K")
-    kd.add_argument("--first_expert", type=int, default=0, help="number of the first (to split K over machines)")
-    kd.add_argument("--epochs", type=int, default=3, help="E >= T+ - 1 + M of distill.py (paper: 20, of which 3 are read)")
+    kd.add_argument("--first_expert", type=int, default=0, help="the first's number (to split K up)")
+    kd.add_argument("--epochs", type=int, default=3, help="E, at least T+ - 1 + M (paper: 20)")
     kd.add_argument("--batch_size", type=int, default=256)
     kd.add_argument("--lr", type=float, default=0.1, help="of SGD, constant")
     kd.add_argument("--momentum", type=float, default=0.9)
     kd.add_argument("--weight_decay", type=float, default=1e-4)
-    parser.add_argument("--seed", type=int, default=0, help="expert k is seeded by seed + k, alone or among many")
-    parser.add_argument("--device", default=common.best_device(), help="default: the best there is, here %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="expert k is seeded by seed + k")
+    parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
@@ -56,10 +60,13 @@ def parse_args(argv=None):
 def train_expert(net, images, targets, stats, args, seed):
     """Train one student; returns its trajectory (E + 1, P) and example losses (N,), on the CPU.
 
-    net is on the device, images (N, C, H, W) uint8 and targets (N, D) too; stats are the data set's mean and std.
+    net is on the device, images (N, C, H, W) uint8 and targets (N, D) too; stats are the data set's mean and
+    std.
     """
     order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
     trajectory, example_loss = [common.flatten(net).cpu()], None
     for epoch in range(args.epochs):
         for batch in torch.randperm(len(images), generator=order).to(images.device).split(args.batch_size):
@@ -79,7 +86,9 @@ def main(args):
         torch.set_num_threads(args.threads)
     if args.epochs < 1:
         common.fail(f"--epochs {args.epochs}: a trajectory has at least one")
-    train, targets, made = common.load_targets(args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit)
+    train, targets, made = common.load_targets(
+        args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit
+    )
     channels, size = train.images.shape[1:3]
     args.depth = args.depth or common.default_depth(size)
     options = common.recipe(vars(args))
@@ -108,8 +117,10 @@ def main(args):
         speed = args.epochs * len(images) / (time.time() - start)
         log.write(expert=k, loss=loss, images_per_second=round(speed))
         log.say(f"expert {log.progress(i + 1, args.num_experts)}: loss {loss:.4f}, {speed:.0f} images/s")
-    print(f"{args.out_dir / 'experts'}: experts {args.first_expert} to {args.first_expert + args.num_experts - 1}, "
-          f"{args.epochs} epochs each")
+    print(
+        f"{args.out_dir / 'experts'}: experts {args.first_expert} to "
+        f"{args.first_expert + args.num_experts - 1}, {args.epochs} epochs each"
+    )
 
 
 if __name__ == "__main__":

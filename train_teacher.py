@@ -1,11 +1,12 @@
 """Stage 1: train the teacher with SSL and write its representations of the training images, the targets.
 
-A ResNet-18 learns from two random views of each image (Barlow Twins, paper eq. 1 and 6, or SimCLR); labels are only
-used at the end, by the linear probe that says how good its features are.
+A ResNet-18 learns from two random views of each image (Barlow Twins, paper eq. 1 and 6, or SimCLR); labels
+are only used at the end, by the linear probe that says how good its features are.
 
 Reads:  the data set.
-Writes: OUT/teacher.pt   {encoder: state dict, probe_accuracy}
-        OUT/targets.pt   {targets (N, D) float32: features before the projector, eval mode, no augmentation, in the
+Writes: OUT/teacher.pt   {encoder: state dict}
+        OUT/targets.pt   {targets (N, D) float32: features before the projector, eval mode, no augmentation,
+        in the
                           order of the data set; images_id}
 
     python train_teacher.py                                      # CIFAR-10, the paper's setting
@@ -22,8 +23,8 @@ import torch.nn as nn
 
 import common
 
-# Barlow Twins: paper, appendix A.1, epochs and warm-up from the recipe that it names (mix-bt, without its mixed
-# samples). SimCLR: appendix A.1.
+# Barlow Twins: paper, appendix A.1, epochs and warm-up from the recipe that it names (mix-bt, without its
+# mixed samples). SimCLR: appendix A.1.
 RECIPES = {
     "barlow_twins": dict(epochs=1000, batch_size=256, lr=1e-2),
     "simclr": dict(epochs=400, batch_size=512, lr=1e-3),
@@ -31,11 +32,13 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = common.fail
     data = parser.add_argument_group("data and files")
-    data.add_argument("--dataset", default="cifar10", help="D_real: " + ", ".join(common.DATASETS) + " or imagefolder:DIR")
-    data.add_argument("--data_dir", default="data", help="where data sets are downloaded to; DIR of --dataset imagefolder")
+    data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
+    data.add_argument("--data_dir", default="data", help="of downloads; DIR of a plain --dataset imagefolder")
     data.add_argument("--image_size", type=int, help="pixels (default: the data set's, imagefolder 32)")
     data.add_argument("--limit", type=int, help="use only so many training and test images, evenly spaced")
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
@@ -46,15 +49,15 @@ def parse_args(argv=None):
     ssl.add_argument("--lr", type=float, help="of Adam, cosine to a thousandth (default: 0.01, simclr 0.001)")
     ssl.add_argument("--warmup_epochs", type=int, default=10, help="of linear growth of the lr")
     ssl.add_argument("--weight_decay", type=float, default=1e-6)
-    ssl.add_argument("--bt_lambda", type=float, default=0.0078125, help="lambda of eq. 1 (tinyimagenet: 0.0009765625)")
-    ssl.add_argument("--projection_dim", type=int, default=1024, help="d of eq. 1, Barlow Twins' projector output")
+    ssl.add_argument("--bt_lambda", type=float, default=8 / 1024, help="lambda, eq. 1 (tinyimagenet: 1/1024)")
+    ssl.add_argument("--projection_dim", type=int, default=1024, help="d of eq. 1, output of the projector")
     ssl.add_argument("--temperature", type=float, default=0.5, help="of SimCLR")
     ssl.add_argument("--min_crop", type=float, default=0.08, help="smallest random crop, share of the area")
     net = parser.add_argument_group("teacher f_T")
     net.add_argument("--width", type=int, default=64, help="of ResNet-18's first stage; D = 8 width")
     net.add_argument("--init_from", help="state dict of a ResNet-18 with a 3x3 stem, or a teacher.pt")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default=common.best_device(), help="default: the best there is, here %(default)s")
+    parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     for name, value in RECIPES[args.ssl].items():
@@ -65,7 +68,7 @@ def parse_args(argv=None):
 
 
 def make_projector(ssl, in_dim, projection_dim):
-    """The head that SSL sees and the targets do not: in_dim -> 512 -> 1024 (Barlow Twins) or in_dim -> 128 (SimCLR)."""
+    """SSL's head, in_dim -> 512 -> projection_dim (Barlow Twins), or in_dim -> in_dim -> 128 (SimCLR)."""
     if ssl == "barlow_twins":
         return nn.Sequential(
             nn.Linear(in_dim, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, projection_dim)
@@ -83,58 +86,42 @@ def load_encoder(encoder, path):
     try:
         encoder.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:
-        common.fail(f"--init_from {path}: does not fit ResNet-18 of --width {encoder.conv1.out_channels}: {error}")
+        common.fail(
+            f"--init_from {path}: does not fit ResNet-18 of --width {encoder.conv1.out_channels}: {error}"
+        )
 
 
-def main(args):
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    options = common.recipe(vars(args))
-    teacher_path, targets_path = args.out_dir / "teacher.pt", args.out_dir / "targets.pt"
-    done = common.is_done(teacher_path, "train_teacher", options, ["encoder"])
-    if done and common.is_done(targets_path, "train_teacher", options, ["targets"]):
-        return print(f"{teacher_path} and {targets_path} are there: nothing to do")
+def cosine_lr(step, steps, warmup):
+    """Share of the lr at a step: linear growth for `warmup` steps, then a half cosine to a thousandth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
-    train = common.load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
-    n, channels, size = train.images.shape[:3]
-    if args.batch_size > n and args.epochs > 0:
-        common.fail(f"--batch_size {args.batch_size}: the data set has {n} training images; choose {n} or less")
-    torch.manual_seed(args.seed)
-    encoder = common.ResNet(channels=channels, width=args.width)
-    projector = make_projector(args.ssl, 8 * args.width, args.projection_dim)
-    if args.init_from:
-        load_encoder(encoder, args.init_from)
-    encoder, projector = encoder.to(args.device), projector.to(args.device)
-    images = train.images.to(args.device)
-    log = common.Log(args.out_dir, "train_teacher", vars(args))
 
-    # Views: blur and solarize as in Barlow Twins' recipe for large images, not at 32 px.
-    view = dict(min_crop=args.min_crop, flip=common.DATASETS[args.dataset.partition(":")[0]].flip)
-    if size >= 64:
-        view |= dict(blur=0.5, solarize=0.1)
+def train(encoder, images, stats, view, args, log):
+    """Train the encoder in place on images (N, C, H, W) uint8 (eq. 6).
+
+    view holds random_view's options, stats the data set's mean and std.
+    """
+    n = len(images)
+    projector = make_projector(args.ssl, 8 * args.width, args.projection_dim).to(args.device)
+    parameters = [*encoder.parameters(), *projector.parameters()]
+    optimizer = torch.optim.Adam(parameters, weight_decay=args.weight_decay)
     order = torch.Generator().manual_seed(args.seed)
     draws = torch.Generator(args.device).manual_seed(args.seed)
-    optimizer = torch.optim.Adam([*encoder.parameters(), *projector.parameters()], weight_decay=args.weight_decay)
-    steps = n // args.batch_size  # the rest of a shuffle is dropped: both losses and BatchNorm want full batches
+    # The rest of a shuffle is dropped: BatchNorm and both losses want full batches.
+    steps = n // args.batch_size
     warmup = min(args.warmup_epochs, args.epochs // 10) * steps
 
     for epoch in range(args.epochs):
         encoder.train(), projector.train()
         total, start = 0.0, time.time()
-        for i, batch in enumerate(torch.randperm(n, generator=order)[: steps * args.batch_size].split(args.batch_size)):
-            step = epoch * steps + i
-            if step < warmup:
-                lr = args.lr * (step + 1) / warmup
-            else:
-                cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.epochs * steps - warmup)))
-                lr = args.lr * (0.001 + 0.999 * cosine)
+        batches = torch.randperm(n, generator=order).to(args.device).split(args.batch_size)[:steps]
+        for i, batch in enumerate(batches):
+            lr = args.lr * cosine_lr(epoch * steps + i, args.epochs * steps, warmup)
             optimizer.param_groups[0]["lr"] = lr
-
-            x = images[batch.to(args.device)]
-            z1, z2 = (
-                projector(encoder(common.normalise(common.random_view(x, draws, **view), train.mean, train.std)))
-                for _ in range(2)
-            )  # (B, d) each
+            views = [common.random_view(images[batch], draws, **view) for _ in range(2)]
+            z1, z2 = (projector(encoder(common.normalise(v, *stats))) for v in views)  # (B, d) each
             if args.ssl == "barlow_twins":
                 loss = common.barlow_twins_loss(z1, z2, args.bt_lambda)
             else:
@@ -145,29 +132,64 @@ def main(args):
             total += loss.detach()
         loss = total.item() / steps
         if not math.isfinite(loss):
-            common.fail(f"the {args.ssl} loss is {loss} in epoch {epoch + 1}: choose a smaller --lr than {args.lr}")
+            common.fail(
+                f"the {args.ssl} loss is {loss} in epoch {epoch + 1}: choose a smaller --lr than {args.lr}"
+            )
         speed = steps * args.batch_size / (time.time() - start)
         log.write(epoch=epoch + 1, loss=loss, lr=lr, images_per_second=round(speed))
-        log.say(f"epoch {log.progress(epoch + 1, args.epochs)}: loss {loss:.3f}, {speed:.0f} images/s",
-                last=epoch + 1 == args.epochs)
+        log.say(
+            f"epoch {log.progress(epoch + 1, args.epochs)}: loss {loss:.3f}, {speed:.0f} images/s",
+            last=epoch + 1 == args.epochs,
+        )
+
+
+def main(args):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    options = common.recipe(vars(args))
+    teacher_path, targets_path = args.out_dir / "teacher.pt", args.out_dir / "targets.pt"
+    if common.is_done(targets_path, "train_teacher", options, ["targets"]):
+        print(f"{targets_path} is there: nothing to do")
+        return
+    trained = common.is_done(teacher_path, "train_teacher", options, ["encoder"])
+
+    images = common.load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
+    n, channels, px = images.images.shape[:3]
+    stats = (images.mean, images.std)
+    if args.epochs and args.batch_size > n:
+        common.fail(f"--batch_size {args.batch_size}: there are {n} training images; choose {n} or less")
+    torch.manual_seed(args.seed)
+    encoder = common.ResNet(channels=channels, width=args.width)
+    if trained or args.init_from:
+        load_encoder(encoder, teacher_path if trained else args.init_from)
+    encoder, train_images = encoder.to(args.device), images.images.to(args.device)
+    log = common.Log(args.out_dir, "train_teacher", vars(args))
+    made = {"options": {"train_teacher": options}, "images_id": common.images_id(images.images)}
+
+    if not trained:
+        key, _ = common.parse_dataset(args.dataset, args.data_dir)
+        view = {"min_crop": args.min_crop, "flip": common.DATASETS[key].flip}
+        if px >= 64:  # as in Barlow Twins' recipe for large images
+            view |= {"blur": 0.5, "solarize": 0.1}
+        train(encoder, train_images, stats, view, args, log)
+        weights = {name: value.cpu() for name, value in encoder.state_dict().items()}
+        common.save(teacher_path, {"encoder": weights, **made})
 
     encoder.eval()
-    targets = common.encode(encoder, images, train.mean, train.std)  # (N, D)
+    targets = common.encode(encoder, train_images, *stats)  # (N, D)
     if not targets.isfinite().all():
-        common.fail("the teacher's representations are not finite; choose a smaller --lr, or another --init_from")
-    accuracy = None
-    key, folder = common.parse_dataset(args.dataset, args.data_dir)
-    if train.labels.max() > 0 and (key != "imagefolder" or (folder / "test").is_dir()):
-        test = common.load_images(args.dataset, "test", args.data_dir, args.image_size, args.limit)
-        features = common.encode(encoder, test.images.to(args.device), train.mean, train.std)
-        accuracy = common.probe_accuracy(targets, train.labels.to(args.device), features, test.labels.to(args.device))
-        log.write(probe_accuracy=accuracy)
-        print(f"linear probe of the teacher's features, all labels: {accuracy:.2f} % test accuracy")
-
-    made = {"options": {"train_teacher": options}, "images_id": common.images_id(train.images)}
-    common.save(teacher_path, {"encoder": dict(encoder.cpu().state_dict()), "probe_accuracy": accuracy, **made})
+        common.fail(
+            "the teacher's representations are not finite; choose a smaller --lr, or another --init_from"
+        )
     common.save(targets_path, {"targets": targets.cpu(), **made})
     print(f"wrote {teacher_path} and {targets_path}: {n} targets of D = {targets.shape[1]}")
+    if images.labels.max() > 0 and common.has_test_split(args.dataset, args.data_dir):
+        test = common.load_images(args.dataset, "test", args.data_dir, args.image_size, args.limit)
+        features = common.encode(encoder, test.images.to(args.device), *stats)
+        labels = images.labels.to(args.device), test.labels.to(args.device)
+        accuracy = common.probe_accuracy(targets, labels[0], features, labels[1])
+        log.write(probe_accuracy=accuracy)
+        print(f"linear probe of the teacher's features, all labels: {accuracy:.2f} % test accuracy")
 
 
 if __name__ == "__main__":

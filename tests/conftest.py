@@ -1,4 +1,4 @@
-"""The tests need no network, no GPU and no accuracy: everything runs on tiny nets and scikit-learn's digits."""
+"""The tests need no network, no GPU and no accuracy: tiny nets on scikit-learn's digits."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)  # small tensors, and machines that do other things too
 
-# A whole run in seconds: 150 digits of 16 px, a ResNet-18 of width 4, students of width 8.
+# A whole run in seconds: 150 digits of 8 px, a ResNet-18 of width 4, students of width 8.
 DATA = ["--dataset", "digits", "--limit", "150", "--device", "cpu"]
 STUDENT = ["--width", "8"]
 TEACHER = [*DATA, "--width", "4", "--epochs", "1", "--batch_size", "50", "--projection_dim", "32"]
@@ -20,7 +20,7 @@ EVALUATE = [*DATA, *STUDENT, "--fractions", "0.2", "0.4", "--seeds", "0", "1", "
 
 @pytest.fixture
 def stage():
-    """stage("distill", [...]) parses the options as the command line would, and runs the stage in this process."""
+    """stage("distill", [...]) parses the options as the command line would and runs the stage here."""
 
     def run(name, argv):
         module = __import__(name)

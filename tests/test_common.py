@@ -16,7 +16,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# -- networks ---------------------------------------------------------------------------------------------------------
+# -- networks ------------------------------------------------------------------------------------------------
 
 
 def test_convnet_of_the_paper():
@@ -28,7 +28,7 @@ def test_convnet_of_the_paper():
     tiny = common.ConvNet(512, image_size=64, depth=4)
     assert tiny.features(torch.randn(2, 3, 64, 64)).shape == (2, 2048)
     assert common.flatten(tiny).shape == (1_496_448,)
-    assert [common.default_depth(s) for s in (8, 16, 28, 32, 64, 128)] == [3, 3, 3, 3, 4, 5]
+    assert [common.default_depth(s) for s in (8, 16, 28, 32, 64, 128)] == [2, 2, 3, 3, 4, 5]
 
 
 def test_convnet_features_of_another_size():
@@ -51,7 +51,9 @@ def test_resnet(blocks, parameters):
     assert torch.equal(net(x), net.features(x))
     assert net.layer4(net.layer3(net.layer2(net.layer1(net.conv1(x))))).shape == (2, 512, 4, 4)
     narrow = common.ResNet(blocks, out_dim=7, channels=1, width=8).eval()
-    assert narrow(torch.randn(2, 1, 16, 16)).shape == (2, 7) and narrow.features(torch.randn(2, 1, 16, 16)).shape == (2, 64)
+    assert narrow(torch.randn(2, 1, 16, 16)).shape == (2, 7) and narrow.features(
+        torch.randn(2, 1, 16, 16)
+    ).shape == (2, 64)
 
 
 def test_flat_forward_is_the_module_bit_for_bit():
@@ -59,7 +61,9 @@ def test_flat_forward_is_the_module_bit_for_bit():
     x = torch.randn(4, 1, 16, 16)
     theta = common.flatten(net)
     assert torch.equal(common.forward_flat(net, theta, x), net(x))
-    other = common.ConvNet(5, image_size=16, channels=1, width=8)  # theta counts, not the module's own weights
+    other = common.ConvNet(
+        5, image_size=16, channels=1, width=8
+    )  # theta counts, not the module's own weights
     assert torch.equal(common.forward_flat(other, theta, x), net(x))
 
 
@@ -76,7 +80,7 @@ def test_flatten_refuses_buffers():
         common.flatten(nn.BatchNorm2d(3))
 
 
-# -- losses -----------------------------------------------------------------------------------------------------------
+# -- losses --------------------------------------------------------------------------------------------------
 
 
 def test_barlow_twins_against_a_double_loop():
@@ -105,10 +109,12 @@ def test_simclr_against_the_formula():
     assert common.simclr_loss(z1, z2, 0.5).item() == pytest.approx(expected, rel=1e-9)
 
 
-# -- views ------------------------------------------------------------------------------------------------------------
+# -- views ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels, size, extra", [(3, 32, {}), (1, 16, dict(flip=False)), (3, 64, dict(blur=0.5, solarize=0.2))])
+@pytest.mark.parametrize(
+    "channels, size, extra", [(3, 32, {}), (1, 16, dict(flip=False)), (3, 64, dict(blur=0.5, solarize=0.2))]
+)
 def test_views_shape_range_and_seed(channels, size, extra):
     images = torch.randint(0, 256, (6, channels, size, size), dtype=torch.uint8, generator=generator())
     view = common.random_view(images, generator(1), **extra)
@@ -130,7 +136,9 @@ def test_view_without_any_change_is_the_image():
     grey = (same - same.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-3  # a fifth of the views is grey
     # A whole-area crop may still have another aspect ratio; a mild one keeps the mean colour.
     assert not grey.all()
-    torch.testing.assert_close(same[~grey].mean((2, 3)), images[~grey].float().mean((2, 3)) / 255, atol=0.03, rtol=0)
+    torch.testing.assert_close(
+        same[~grey].mean((2, 3)), images[~grey].float().mean((2, 3)) / 255, atol=0.03, rtol=0
+    )
 
 
 def test_greyscale_keeps_luma():
@@ -141,7 +149,7 @@ def test_greyscale_keeps_luma():
 
 
 def test_colour_jitter_against_torchvision():
-    """Brightness, contrast and saturation as torchvision's functions have them, where no value leaves [0, 1]."""
+    """Brightness, contrast and saturation as torchvision has them, where no value leaves [0, 1]."""
     from torchvision.transforms import functional as TF
 
     x = torch.rand(1, 3, 8, 8, generator=generator()) * 0.4 + 0.3
@@ -170,17 +178,21 @@ def test_views_are_differentiable():
 def test_denormalise_inverts_normalise():
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8, generator=generator())
     stats = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
-    torch.testing.assert_close(common.denormalise(common.normalise(images, *stats), *stats) * 255, images.float())
+    torch.testing.assert_close(
+        common.denormalise(common.normalise(images, *stats), *stats) * 255, images.float()
+    )
 
 
-# -- probe ------------------------------------------------------------------------------------------------------------
+# -- probe ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n, f", [(300, 20), (60, 200)])
 def test_probe_is_scikit_learns_logistic_regression(n, f):
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.arange(n) % 4)
-    features = np.maximum(rng.normal(size=(n, f)) + 0.5 * rng.normal(size=(4, f))[labels], 0)  # as after a ReLU
+    features = np.maximum(
+        rng.normal(size=(n, f)) + 0.5 * rng.normal(size=(4, f))[labels], 0
+    )  # as after a ReLU
     x, y = torch.tensor(features, dtype=torch.float32), torch.tensor(labels)
     weight, bias = common.linear_probe(x, y, 4)
     ours = (x @ weight.T + bias).softmax(1).numpy()
@@ -196,7 +208,7 @@ def test_probe_accuracy_with_a_class_not_seen():
     assert common.probe_accuracy(x[seen], y[seen], x, y) == pytest.approx(100 * 8 / 12, abs=1e-3)
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------
 
 
 def test_save_is_whole_or_not_at_all(tmp_path):

@@ -1,4 +1,4 @@
-"""The data sets: digits as it is, the others from small archives of the real layout that the tests make themselves."""
+"""The data sets: digits as it is, the others from small archives of the real layout, made here."""
 
 import hashlib
 import pickle
@@ -60,7 +60,9 @@ def make_cifar(tmp_path, data_dir, monkeypatch, name):
         for file, _ in getattr(cls, lists):
             images = np.stack([np.broadcast_to(np.array(colour(i))[:, None], (3, 1024)) for i in (i, i + 1)])
             with open(folder / file, "wb") as f:
-                pickle.dump({"data": images.reshape(2, 3072).astype(np.uint8), key: [i % 10, (i + 1) % 10]}, f)
+                pickle.dump(
+                    {"data": images.reshape(2, 3072).astype(np.uint8), key: [i % 10, (i + 1) % 10]}, f
+                )
             i += 2
     with open(folder / cls.meta["filename"], "wb") as f:
         pickle.dump({cls.meta["key"]: [str(c) for c in range(10)]}, f)
@@ -88,10 +90,16 @@ def make_flowers(tmp_path, data_dir, monkeypatch, name):
     target.mkdir()
     pack(target / "102flowers.tgz", tmp_path / "make")
     savemat(target / "imagelabels.mat", {"labels": np.array([[1, 2, 2, 2, 1]])})
-    savemat(target / "setid.mat", {"trnid": np.array([[1, 2, 3]]), "valid": np.array([[3]]), "tstid": np.array([[4, 5]])})
+    savemat(
+        target / "setid.mat",
+        {"trnid": np.array([[1, 2, 3]]), "valid": np.array([[3]]), "tstid": np.array([[4, 5]])},
+    )
     names = {"image": "102flowers.tgz", "label": "imagelabels.mat", "setid": "setid.mat"}
-    monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict",
-                        {key: (file, md5(target / file)) for key, file in names.items()})
+    monkeypatch.setattr(
+        torchvision.datasets.Flowers102,
+        "_file_dict",
+        {key: (file, md5(target / file)) for key, file in names.items()},
+    )
 
 
 def patch_archives(monkeypatch, name, paths):
@@ -106,7 +114,9 @@ def make_tinyimagenet(tmp_path, data_dir, monkeypatch, name):
     for i in (3, 4):
         write_image(folder / f"val/images/val_{i}.JPEG", i, (64, 64))
     (folder / "wnids.txt").write_text("n02\nn01\n")  # not sorted, as in the real file
-    (folder / "val/val_annotations.txt").write_text("val_3.JPEG\tn02\t0\t0\t62\t62\nval_4.JPEG\tn01\t0\t0\t62\t62\n")
+    (folder / "val/val_annotations.txt").write_text(
+        "val_3.JPEG\tn02\t0\t0\t62\t62\nval_4.JPEG\tn01\t0\t0\t62\t62\n"
+    )
     pack(data_dir / "tiny-imagenet-200.zip", tmp_path / "make")
     patch_archives(monkeypatch, name, [data_dir / "tiny-imagenet-200.zip"])
 
@@ -116,7 +126,9 @@ def make_cub2011(tmp_path, data_dir, monkeypatch, name):
     classes = [1, 2, 2, 2, 1]
     for i, c in enumerate(classes):
         write_image(folder / f"images/00{c}.Bird/{i}.jpg", i)
-    (folder / "images.txt").write_text("".join(f"{i + 1} 00{c}.Bird/{i}.jpg\n" for i, c in enumerate(classes)))
+    (folder / "images.txt").write_text(
+        "".join(f"{i + 1} 00{c}.Bird/{i}.jpg\n" for i, c in enumerate(classes))
+    )
     (folder / "image_class_labels.txt").write_text("".join(f"{i + 1} {c}\n" for i, c in enumerate(classes)))
     (folder / "train_test_split.txt").write_text("1 1\n2 1\n3 1\n4 0\n5 0\n")
     pack(data_dir / "CUB_200_2011.tgz", tmp_path / "make")
@@ -196,7 +208,7 @@ def test_a_broken_archive_is_no_data_set(name, tmp_path, data_dir, monkeypatch, 
 
 def test_digits():
     train, test = (common.load_images("digits", split, "data") for split in ("train", "test"))
-    assert train.images.shape == (1297, 1, 16, 16) and test.images.shape == (500, 1, 16, 16)
+    assert train.images.shape == (1297, 1, 8, 8) and test.images.shape == (500, 1, 8, 8)
     assert set(train.labels.tolist()) == set(range(10))
     x = common.normalise(train.images, train.mean, train.std)
     assert x.mean().item() == pytest.approx(0, abs=1e-4) and x.std().item() == pytest.approx(1, abs=1e-3)
@@ -209,7 +221,7 @@ def test_limit_is_spread_over_the_set():
     assert torch.equal(few.images, train.images[[i * 1297 // 10 for i in range(10)]])
 
 
-# -- image folders ----------------------------------------------------------------------------------------------------
+# -- image folders -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -233,7 +245,9 @@ def test_image_folder(folder):
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1"])
 def test_modes_of_images(folder, mode):
-    Image.new("RGB", (9, 9), (200, 200, 200)).convert(mode).save(folder / f"train/a/x.{'jpg' if mode == 'CMYK' else 'png'}")
+    Image.new("RGB", (9, 9), (200, 200, 200)).convert(mode).save(
+        folder / f"train/a/x.{'jpg' if mode == 'CMYK' else 'png'}"
+    )
     assert common.load_images("imagefolder", "train", folder).images[1].float().mean() > 150
 
 

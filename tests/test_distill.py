@@ -1,4 +1,4 @@
-"""student_steps against plain autograd through the loop, its memory, the matching loss, and the start of a set."""
+"""student_steps against plain autograd through the loop, its memory, the matching loss, a set's start."""
 
 import pytest
 import torch
@@ -32,7 +32,10 @@ def test_student_steps_is_exact(momentum):
     loss_fn, theta, images, targets = problem()
     lr = torch.tensor(0.3, dtype=torch.float64)
     # 7 steps; images come back in later batches, one comes twice in a batch, the last batch is small
-    batches = [torch.tensor(b) for b in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [3, 1, 0, 9], [2, 2, 5], [7, 6], [11])]
+    batches = [
+        torch.tensor(b)
+        for b in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [3, 1, 0, 9], [2, 2, 5], [7, 6], [11])
+    ]
     goal = theta + 0.1 * torch.randn_like(theta)
     results = []
     for steps in (plain_steps, distill.student_steps):
@@ -91,7 +94,9 @@ def test_memory_does_not_grow_with_the_steps():
 
     def peak(steps, n):
         batches = [torch.arange(32)] * n
-        used = peak_bytes(lambda: steps(loss_fn, theta, images, targets, lr, batches).square().sum().backward())
+        used = peak_bytes(
+            lambda: steps(loss_fn, theta, images, targets, lr, batches).square().sum().backward()
+        )
         return used - (n + 1) * theta.numel() * theta.element_size()
 
     few, many = peak(distill.student_steps, 5), peak(distill.student_steps, 40)
@@ -102,10 +107,14 @@ def test_memory_does_not_grow_with_the_steps():
 def test_matching_loss():
     loss_fn, theta, images, targets = problem()
     batches = distill.draw_batches(len(images), 5, 9, torch.Generator().manual_seed(0))
-    expert = plain_steps(loss_fn, theta.requires_grad_(), images, targets, 0.1, batches).detach()  # an expert that is plain SGD
+    expert = plain_steps(
+        loss_fn, theta.requires_grad_(), images, targets, 0.1, batches
+    ).detach()  # an expert that is plain SGD
 
     def loss(lr):
-        end = distill.student_steps(loss_fn, theta, images, targets, torch.tensor(lr, dtype=torch.float64), batches)
+        end = distill.student_steps(
+            loss_fn, theta, images, targets, torch.tensor(lr, dtype=torch.float64), batches
+        )
         return distill.matching_loss(end, theta, expert).item()
 
     assert loss(0.0) == pytest.approx(1, abs=1e-12)

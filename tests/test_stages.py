@@ -1,4 +1,4 @@
-"""Each stage once, tiny: what it writes, the same seed the same file, and what it says of files that do not fit."""
+"""Each stage, tiny: what it writes, the same seed the same file, what it says of files that do not fit."""
 
 import json
 import shutil
@@ -10,7 +10,6 @@ from conftest import DATA, DISTILL, EVALUATE, EXPERTS, TEACHER
 
 import common
 import distill
-import evaluate
 import train_experts
 
 N, S, D = 150, 15, 32  # real images, images of a set, dimension of the targets
@@ -37,12 +36,12 @@ def read(path):
     return torch.load(path, weights_only=True)
 
 
-# -- what the files hold ----------------------------------------------------------------------------------------------
+# -- what the files hold -------------------------------------------------------------------------------------
 
 
 def test_teacher_files(run_dir):
     teacher, targets = read(run_dir / "teacher.pt"), read(run_dir / "targets.pt")
-    assert set(teacher) == {"encoder", "probe_accuracy", "options", "images_id", "torch_version"}
+    assert set(teacher) == {"encoder", "options", "images_id", "torch_version"}
     assert set(targets) == {"targets", "options", "images_id", "torch_version"}
     assert targets["targets"].shape == (N, D) and targets["targets"].dtype == torch.float32
     assert targets["options"]["train_teacher"]["ssl"] == "barlow_twins"
@@ -52,21 +51,31 @@ def test_teacher_files(run_dir):
     train = common.load_images("digits", "train", "data", limit=N)
     features = common.encode(encoder.eval(), train.images, train.mean, train.std)
     torch.testing.assert_close(features, targets["targets"])
-    assert 0 <= teacher["probe_accuracy"] <= 100
+    log = [json.loads(line) for line in (run_dir / "train_teacher.jsonl").read_text().splitlines()]
+    assert 0 <= log[-1]["probe_accuracy"] <= 100
 
 
 def test_expert_files(run_dir):
     paths = sorted((run_dir / "experts").iterdir())
     assert [p.name for p in paths] == ["0000.pt", "0001.pt", "0002.pt"]
     expert = read(paths[1])
-    assert set(expert) == {"trajectory", "example_loss", "options", "images_id", "targets_id", "torch_version"}
-    net = common.ConvNet(D, 16, 1, 8, 3)
-    assert expert["trajectory"].shape == (4, common.flatten(net).numel()) and expert["example_loss"].shape == (N,)
+    assert set(expert) == {
+        "trajectory",
+        "example_loss",
+        "options",
+        "images_id",
+        "targets_id",
+        "torch_version",
+    }
+    net = common.ConvNet(D, 8, 1, 8, 2)
+    assert expert["trajectory"].shape == (4, common.flatten(net).numel()) and expert[
+        "example_loss"
+    ].shape == (N,)
     assert set(expert["options"]) == {"train_teacher", "train_experts"}
     # No two snapshots are the same, and the first is the seeded initialisation.
     assert all((a != b).any() for a, b in zip(expert["trajectory"], expert["trajectory"][1:]))
     torch.manual_seed(1)
-    assert torch.equal(expert["trajectory"][0], common.flatten(common.ConvNet(D, 16, 1, 8, 3)))
+    assert torch.equal(expert["trajectory"][0], common.flatten(common.ConvNet(D, 8, 1, 8, 2)))
     # example_loss is that of the weights after the first epoch.
     train, targets, _ = common.load_targets(run_dir, "digits", "data", limit=N)
     torch.nn.utils.vector_to_parameters(expert["trajectory"][1], net.parameters())
@@ -76,15 +85,28 @@ def test_expert_files(run_dir):
 
 def test_set_files(run_dir):
     names = {"subset_random", "subset_high_loss", "mkdt_random", "mkdt_high_loss"}
-    assert {p.name for p in (run_dir / "sets").iterdir()} == {f"{n}{e}" for n in names for e in (".pt", ".png")}
+    assert {p.name for p in (run_dir / "sets").iterdir()} == {
+        f"{n}{e}" for n in names for e in (".pt", ".png")
+    }
     train, targets, _ = common.load_targets(run_dir, "digits", "data", limit=N)
     for name in names:
         contents = read(run_dir / "sets" / f"{name}.pt")
-        assert set(contents) == {"images", "targets", "lr", "indices", "options", "images_id", "targets_id", "torch_version"}
-        assert contents["images"].shape == (S, 1, 16, 16) and contents["images"].dtype == torch.float32
+        assert set(contents) == {
+            "images",
+            "targets",
+            "lr",
+            "indices",
+            "options",
+            "images_id",
+            "targets_id",
+            "torch_version",
+        }
+        assert contents["images"].shape == (S, 1, 8, 8) and contents["images"].dtype == torch.float32
         assert contents["targets"].shape == (S, D) and contents["indices"].shape == (S,)
         assert isinstance(contents["lr"], float) and contents["lr"] > 0
-        assert torch.equal(contents["targets"], targets[contents["indices"]])  # Z_syn is not learnt by default
+        assert torch.equal(
+            contents["targets"], targets[contents["indices"]]
+        )  # Z_syn is not learnt by default
         real = common.normalise(train.images[contents["indices"]], train.mean, train.std)
         if name.startswith("subset"):
             assert torch.equal(contents["images"], real) and contents["lr"] == pytest.approx(0.1)
@@ -104,7 +126,14 @@ def test_results(run_dir):
     assert len(records) == 24 and all(0 <= r["accuracy"] <= 100 for r in records)
     table = (run_dir / "results.md").read_text()
     rows = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if line.startswith("|")][2:]
-    assert rows == list(evaluate.ROWS.values())
+    assert rows == [
+        "no pre-training",
+        "random subset",
+        "high-loss subset",
+        "MKDT (random init)",
+        "MKDT",
+        "full data",
+    ]
     values = torch.tensor([r["accuracy"] for r in records if r["set"] == "none" and r["fraction"] == 0.2])
     assert f"| no pre-training | {values.mean():.2f} ± {values.std():.2f} |" in table
 
@@ -113,19 +142,25 @@ def test_logs(run_dir):
     for stage in ("train_teacher", "train_experts", "distill_mkdt_random", "evaluate"):
         first, *rest = [json.loads(line) for line in (run_dir / f"{stage}.jsonl").read_text().splitlines()]
         assert {"command", "options", "time", "torch", "device"} <= set(first)
-    record = [json.loads(line) for line in (run_dir / "distill_mkdt_random.jsonl").read_text().splitlines()][-1]
+    record = [json.loads(line) for line in (run_dir / "distill_mkdt_random.jsonl").read_text().splitlines()][
+        -1
+    ]
     assert record["iteration"] == 1 and record["matching_loss"] > 0 and record["pixel_change"] > 0
 
 
-# -- the same seed, the same file; a finished stage is left alone -----------------------------------------------------
+# -- the same seed, the same file; a finished stage is left alone --------------------------------------------
 
 
 def test_same_seed_same_files(run_dir, tmp_path, stage):
     out = ["--out_dir", tmp_path]
     stage("train_teacher", [*TEACHER, *out])
     assert torch.equal(read(tmp_path / "targets.pt")["targets"], read(run_dir / "targets.pt")["targets"])
-    stage("train_experts", [*EXPERTS, *out, "--first_expert", "2", "--num_experts", "1"])  # alone as among many
-    assert torch.equal(read(tmp_path / "experts/0002.pt")["trajectory"], read(run_dir / "experts/0002.pt")["trajectory"])
+    stage(
+        "train_experts", [*EXPERTS, *out, "--first_expert", "2", "--num_experts", "1"]
+    )  # alone as among many
+    assert torch.equal(
+        read(tmp_path / "experts/0002.pt")["trajectory"], read(run_dir / "experts/0002.pt")["trajectory"]
+    )
     stage("train_experts", [*EXPERTS, *out])
     stage("distill", [*DISTILL, *out, "--iters", "1"])
     again, before = read(tmp_path / "sets/mkdt_high_loss.pt"), read(run_dir / "sets/mkdt_high_loss.pt")
@@ -171,7 +206,7 @@ def test_a_set_made_again_is_measured_again(copy, stage):
     assert len((copy / "results.jsonl").read_text().splitlines()) == before + 4
 
 
-# -- distillation -----------------------------------------------------------------------------------------------------
+# -- distillation --------------------------------------------------------------------------------------------
 
 
 def test_every_expert_and_start_epoch_is_used(copy, stage):
@@ -187,9 +222,24 @@ def test_learnt_targets_and_inner_momentum(copy, stage):
     assert (contents["targets"] != targets[contents["indices"]]).any()
 
 
+def test_subset_with_the_learnt_lr(copy, stage):
+    stage(
+        "distill",
+        [*DISTILL, "--out_dir", copy, "--init", "random", "--iters", "0", "--lr_from", "mkdt_random"],
+    )
+    contents = read(copy / "sets/subset_random_lr_from_mkdt_random.pt")
+    assert contents["lr"] == read(copy / "sets/mkdt_random.pt")["lr"]
+    assert torch.equal(contents["images"], read(copy / "sets/subset_random.pt")["images"])
+
+
 def test_lr_stays_positive(copy, stage):
-    stage("distill", [*DISTILL, "--out_dir", copy, "--iters", "4", "--lr_lr", "10", "--lr_img", "0", "--name", "wild"])
-    assert all(json.loads(line)["lr"] > 0 for line in (copy / "distill_wild.jsonl").read_text().splitlines()[1:])
+    stage(
+        "distill",
+        [*DISTILL, "--out_dir", copy, "--iters", "4", "--lr_lr", "10", "--lr_img", "0", "--name", "wild"],
+    )
+    assert all(
+        json.loads(line)["lr"] > 0 for line in (copy / "distill_wild.jsonl").read_text().splitlines()[1:]
+    )
     assert read(copy / "sets/wild.pt")["lr"] > 0
 
 
@@ -203,7 +253,17 @@ def test_a_fork_needs_targets_only(copy, stage):
     assert read(copy / "sets/mkdt_high_loss.pt")["targets"].shape == (S, 7)
 
 
-# -- the teacher ------------------------------------------------------------------------------------------------------
+# -- the teacher ---------------------------------------------------------------------------------------------
+
+
+def test_targets_of_a_finished_teacher(copy, stage):
+    """Stopped between the two files: the teacher is not trained again."""
+    before = read(copy / "targets.pt")["targets"]
+    teacher = (copy / "teacher.pt").read_bytes()
+    (copy / "targets.pt").unlink()
+    stage("train_teacher", [*TEACHER, "--out_dir", copy])
+    assert torch.equal(read(copy / "targets.pt")["targets"], before)
+    assert (copy / "teacher.pt").read_bytes() == teacher
 
 
 def test_simclr_teacher(tmp_path, stage):
@@ -212,18 +272,31 @@ def test_simclr_teacher(tmp_path, stage):
 
 
 def test_own_teacher(run_dir, tmp_path, stage, capsys):
-    """--init_from with --epochs 0 gives the targets of another's encoder, from a teacher.pt or a plain state dict."""
+    """--init_from with --epochs 0 gives another encoder's targets, of a teacher.pt or a plain state dict."""
     weights = read(run_dir / "teacher.pt")["encoder"]
     torch.save({**weights, "fc.weight": torch.zeros(3, D)}, tmp_path / "own.pt")
     for i, source in enumerate([run_dir / "teacher.pt", tmp_path / "own.pt"]):
-        stage("train_teacher", [*TEACHER, "--epochs", "0", "--init_from", source, "--out_dir", tmp_path / str(i)])
+        stage(
+            "train_teacher",
+            [*TEACHER, "--epochs", "0", "--init_from", source, "--out_dir", tmp_path / str(i)],
+        )
         ours = read(tmp_path / str(i) / "targets.pt")["targets"]
         torch.testing.assert_close(ours, read(run_dir / "targets.pt")["targets"])
-    wide = [*TEACHER, "--width", "8", "--epochs", "0", "--init_from", tmp_path / "own.pt", "--out_dir", tmp_path / "2"]
+    wide = [
+        *TEACHER,
+        "--width",
+        "8",
+        "--epochs",
+        "0",
+        "--init_from",
+        tmp_path / "own.pt",
+        "--out_dir",
+        tmp_path / "2",
+    ]
     refuses(capsys, lambda: stage("train_teacher", wide), "--init_from", "--width 8")
 
 
-# -- files that do not belong together, and options that cannot be ----------------------------------------------------
+# -- files that do not belong together, and options that cannot be -------------------------------------------
 
 
 def test_missing_files(tmp_path, stage, capsys):
@@ -234,14 +307,19 @@ def test_missing_files(tmp_path, stage, capsys):
 
 def test_no_experts(copy, stage, capsys):
     shutil.rmtree(copy / "experts")
-    refuses(capsys, lambda: stage("distill", [*DISTILL, "--out_dir", copy, "--name", "x"]), "experts", "train_experts.py")
+    refuses(
+        capsys,
+        lambda: stage("distill", [*DISTILL, "--out_dir", copy, "--name", "x"]),
+        "experts",
+        "train_experts.py",
+    )
 
 
 def test_other_length_and_other_images(copy, stage, capsys):
     other = [*EXPERTS, "--out_dir", copy, "--limit", "100"]
     refuses(capsys, lambda: stage("train_experts", other), "150 targets", "100 training images")
-    other = [*EXPERTS, "--out_dir", copy, "--image_size", "8"]
-    refuses(capsys, lambda: stage("train_experts", other), "other images", "8 px")
+    other = [*EXPERTS, "--out_dir", copy, "--image_size", "16"]
+    refuses(capsys, lambda: stage("train_experts", other), "other images", "16 px")
 
 
 def test_broken_targets(copy, stage, capsys):
@@ -255,7 +333,7 @@ def test_other_options_do_not_overwrite(copy, stage, capsys):
     refuses(capsys, lambda: stage("train_experts", run), "experts/0000.pt", "--lr 0.1", "--lr 0.05")
     assert (copy / "experts/0000.pt").read_bytes() == before
     run = [*TEACHER, "--out_dir", copy, "--seed", "5"]
-    refuses(capsys, lambda: stage("train_teacher", run), "teacher.pt", "--seed 0", "--seed 5")
+    refuses(capsys, lambda: stage("train_teacher", run), "targets.pt", "--seed 0", "--seed 5")
     run = [*DISTILL, "--out_dir", copy, "--iters", "1", "--lr_img", "7"]
     refuses(capsys, lambda: stage("distill", run), "mkdt_high_loss.pt", "--lr_img")
 
@@ -270,13 +348,23 @@ def test_mixed_experts(copy, stage, capsys):
     expert = read(copy / "experts/0001.pt")
     expert["options"]["train_experts"]["lr"] = 0.05
     torch.save(expert, copy / "experts/0002.pt")
-    refuses(capsys, lambda: stage("distill", [*DISTILL, "--out_dir", copy, "--name", "x"]), "0002.pt", "other options")
+    refuses(
+        capsys,
+        lambda: stage("distill", [*DISTILL, "--out_dir", copy, "--name", "x"]),
+        "0002.pt",
+        "other options",
+    )
 
 
 def test_experts_of_other_targets(copy, stage, capsys):
     targets = read(copy / "targets.pt")
     torch.save({**targets, "targets": targets["targets"] + 1}, copy / "targets.pt")
-    refuses(capsys, lambda: stage("distill", [*DISTILL, "--out_dir", copy, "--name", "x"]), "0000.pt", "other targets")
+    refuses(
+        capsys,
+        lambda: stage("distill", [*DISTILL, "--out_dir", copy, "--name", "x"]),
+        "0000.pt",
+        "other targets",
+    )
 
 
 def test_too_few_expert_epochs(copy, stage, capsys):
@@ -294,10 +382,16 @@ def test_sets_that_do_not_fit(copy, stage, capsys):
     contents = read(copy / "sets/mkdt_random.pt")
     run = [*EVALUATE, "--out_dir", copy]
     torch.save({**contents, "images": contents["images"].expand(-1, 3, -1, -1)}, copy / "sets/mkdt_random.pt")
-    refuses(capsys, lambda: stage("evaluate", run), "mkdt_random.pt", "(15, 3, 16, 16)")
+    refuses(capsys, lambda: stage("evaluate", run), "mkdt_random.pt", "(15, 3, 8, 8)")
     torch.save({**contents, "targets": contents["targets"][:, :3]}, copy / "sets/mkdt_random.pt")
     refuses(capsys, lambda: stage("evaluate", run), "mkdt_random.pt", "D = 3")
-    refuses(capsys, lambda: stage("evaluate", [*run, "--sets", "nothing"]), "nothing.pt", "not found", "distill.py")
+    refuses(
+        capsys,
+        lambda: stage("evaluate", [*run, "--sets", "nothing"]),
+        "nothing.pt",
+        "not found",
+        "distill.py",
+    )
 
 
 def test_label_fractions(copy, stage, capsys):
@@ -333,7 +427,9 @@ def test_train_expert_returns_its_trajectory():
     twin.load_state_dict(net.state_dict())
     images, targets = torch.randint(0, 256, (20, 1, 16, 16), dtype=torch.uint8), torch.randn(20, 4)
     stats = torch.tensor([0.5]), torch.tensor([0.3])
-    args = train_experts.parse_args(["--epochs", "1", "--batch_size", "8", "--momentum", "0", "--weight_decay", "0"])
+    args = train_experts.parse_args(
+        ["--epochs", "1", "--batch_size", "8", "--momentum", "0", "--weight_decay", "0"]
+    )
     trajectory, _, _ = train_experts.train_expert(net, images, targets, stats, args, seed=3)
     theta, order = common.flatten(twin), torch.randperm(20, generator=torch.Generator().manual_seed(3))
     end = distill.student_steps(

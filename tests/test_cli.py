@@ -1,0 +1,175 @@
+"""The command lines: --help, the commands of the README and of run_all.sh, and run_all.sh itself."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = ["train_teacher", "train_experts", "distill", "evaluate"]
+README = (ROOT / "README.md").read_text()
+
+
+def parse(command):
+    """The options of a line like "python distill.py --init random", or SystemExit."""
+    words = shlex.split(command, comments=True)
+    assert words[0] == "python" and words[1].removesuffix(".py") in STAGES, command
+    return __import__(words[1].removesuffix(".py")).parse_args(words[2:])
+
+
+def run_all(*words, **variables):
+    return subprocess.run(
+        ["bash", str(ROOT / "run_all.sh"), *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, **variables},
+    )
+
+
+def commands(*words, **variables):
+    """The stages' options of a run_all.sh call, as {script: [options of each call]}."""
+    done = run_all(*words, DRY_RUN="1", **variables)
+    assert done.returncode == 0, done.stderr
+    calls = {}
+    for line in done.stdout.splitlines():
+        assert line.startswith("+ python ")
+        args = parse(line[2:])
+        calls.setdefault(shlex.split(line)[2].removesuffix(".py"), []).append(args)
+    assert list(calls) == STAGES
+    return calls
+
+
+def test_defaults_are_the_paper():
+    teacher, experts, distill, evaluate = (__import__(s).parse_args([]) for s in STAGES)
+    assert (teacher.ssl, teacher.batch_size, teacher.lr, teacher.weight_decay) == (
+        "barlow_twins",
+        256,
+        0.01,
+        1e-6,
+    )
+    assert (experts.num_experts, experts.lr, experts.momentum, experts.weight_decay) == (100, 0.1, 0.9, 1e-4)
+    assert experts.batch_size == 256 and experts.epochs == distill.max_start_epoch - 1 + distill.expert_epochs
+    assert (distill.syn_steps, distill.expert_epochs, distill.max_start_epoch, distill.lr_img) == (
+        40,
+        2,
+        2,
+        1000,
+    )
+    assert (distill.iters, distill.fraction, distill.init, distill.lr_init) == (5000, 0.02, "high_loss", 0.1)
+    assert (distill.lr_lr, distill.lr_targets, distill.momentum, distill.batch_syn) == (1e-4, 0, 0.5, 256)
+    assert (evaluate.epochs, evaluate.lr, evaluate.fractions, evaluate.seeds) == (
+        20,
+        0.1,
+        [0.01, 0.05],
+        [0, 1, 2],
+    )
+    simclr = __import__("train_teacher").parse_args(["--ssl", "simclr"])
+    assert (simclr.epochs, simclr.batch_size, simclr.lr) == (400, 512, 1e-3)
+    assert all(str(a.out_dir) == "runs/cifar10" for a in (teacher, experts, distill, evaluate))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help_and_wrong_options(name, capsys):
+    module = __import__(name)
+    with pytest.raises(SystemExit) as stop:
+        module.parse_args(["--help"])
+    assert stop.value.code == 0 and "Writes:" in capsys.readouterr().out
+    for wrong in (["--no_such_option"], ["--device"], ["--seed" if name != "evaluate" else "--seeds", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            module.parse_args(wrong)
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+
+
+def test_presets_are_the_paper():
+    for preset, fraction, expected in [
+        ("cifar10", "0.02", (40, 2, 2, 1e3)), ("cifar10", "0.05", (40, 2, 5, 1e4)),
+        ("cifar100", "0.02", (40, 2, 2, 1e3)), ("cifar100", "0.05", (40, 2, 5, 1e4)),
+        ("tinyimagenet", "0.02", (10, 2, 2, 1e5)), ("tinyimagenet", "0.05", (10, 2, 2, 1e5)),
+    ]:  # fmt: skip
+        calls = commands(preset, FRACTION=fraction)
+        (experts,) = calls["train_experts"]
+        assert [d.name for d in calls["distill"]] == [
+            "subset_random",
+            "mkdt_random",
+            "subset_high_loss",
+            "mkdt_high_loss",
+            "subset_random_lr_from_mkdt_random",
+        ]
+        for d in calls["distill"][:4]:
+            assert (d.syn_steps, d.expert_epochs, d.max_start_epoch, d.lr_img) == expected
+            assert d.fraction == float(fraction) and d.iters == (0 if d.name.startswith("subset") else 5000)
+            assert experts.epochs == d.max_start_epoch - 1 + d.expert_epochs
+        assert len(calls["evaluate"][0].downstream) == 7
+        assert calls["train_teacher"][0].bt_lambda == (1 / 1024 if preset == "tinyimagenet" else 8 / 1024)
+
+
+def test_run_all_refuses():
+    for words in (["mnist"], ["imagefolder"], ["digits", "fast"]):
+        done = run_all(*words)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["digits"], ["digits", "rehearse"], ["cifar10", "rehearse"], ["imagefolder", "a b/c/"]]
+)
+def test_every_preset_parses(words):
+    calls = commands(*words)
+    data = {(a.dataset, a.image_size, a.limit, str(a.out_dir)) for args in calls.values() for a in args}
+    assert len(data) == 1  # the stages agree on what they read and where
+    students = {(a.width, a.depth) for name in STAGES[1:] for a in calls[name]}
+    assert len(students) == 1
+    assert all(
+        a.max_start_epoch - 1 + a.expert_epochs <= calls["train_experts"][0].epochs
+        for a in calls["distill"]
+        if a.iters
+    )
+
+
+def test_every_command_of_the_readme_parses():
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [part.strip() for line in lines for part in line.split("&&")]
+    found = {"python": 0, "bash": 0}
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        variables = {}
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            name, _, value = words.pop(0).partition("=")
+            variables[name] = value
+        if words[:1] == ["python"] and words[1].endswith(".py"):
+            parse(shlex.join(words))
+            found["python"] += 1
+        elif words[:2] == ["bash", "run_all.sh"]:
+            commands(*words[2:], **variables)
+            found["bash"] += 1
+    assert found["python"] >= 4 and found["bash"] >= 5
+
+
+def test_ci_runs_the_readme_command():
+    (command,) = re.findall(r"^pip install .*pytest.*$", README, re.MULTILINE)
+    assert command in (ROOT / ".ci/run").read_text().splitlines()
+
+
+def test_run_all_rehearsal(tmp_path):
+    """The whole pipeline by its shell script."""
+    out = tmp_path / "run"
+    first = run_all("digits", "rehearse", OUT=str(out))
+    assert first.returncode == 0, first.stderr
+    files = ["teacher.pt", "targets.pt", "experts/0001.pt", "results.jsonl", "results.md"]
+    for file in [*files, "sets/mkdt_high_loss.pt", "sets/mkdt_high_loss.png"]:
+        assert (out / file).stat().st_size > 0
+    for row in (
+        "no pre-training",
+        "random subset",
+        "high-loss subset",
+        "MKDT (random init)",
+        "MKDT",
+        "full data",
+    ):
+        assert f"| {row} | " in first.stdout
