@@ -10,6 +10,7 @@ dimension of the targets (the teacher's representation), F student features, P s
 epochs, K experts.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -111,11 +112,25 @@ class ImageSet(NamedTuple):
     std: torch.Tensor  # (C,)
 
 
-def parse_dataset(name, data_dir):
-    """Split a data set's name into its row of DATASETS and its folder: "imagefolder:DIR" names a folder of
-    its own.
+def at_least(low, kind=int):
+    """The type of a numeric option: a finite number of this kind, not below low."""
 
-    Returns (key, folder); exits when the name is not in the table.
+    def parse(text):
+        try:
+            number = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+        if not (math.isfinite(number) and number >= low):
+            raise argparse.ArgumentTypeError(f"{text} is not allowed; choose {low} or more")
+        return number
+
+    return parse
+
+
+def parse_dataset(name, data_dir):
+    """(key of DATASETS, folder of its files) of a data set's name; "imagefolder:DIR" names its own folder.
+
+    Exits when the name is not in the table.
     """
     key, _, folder = name.partition(":")
     if key not in DATASETS or (folder and key != "imagefolder"):
@@ -127,13 +142,13 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
     """Read one split of a data set into memory as uint8.
 
     Args:
-        name: a key of DATASETS, or "imagefolder:DIR" for DIR/{train,test}/CLASS/* (plain "imagefolder": DIR =
-        data_dir). split: "train" or "test". data_dir: where downloads go. image_size: pixels, if not the
-        table's; images of another size are resized with PIL's Lanczos filter, squashed. limit: keep only so
-        many images, evenly spaced over the split (to rehearse a run).
+        name: a key of DATASETS, or "imagefolder:DIR" for DIR/{train,test}/CLASS/* (DIR defaults to data_dir).
+        split: "train" or "test".
+        data_dir: where downloads go.
+        image_size: pixels, if not the table's; images of another size are squashed to it by Lanczos' filter.
+        limit: keep only so many images, evenly spaced over the split (to rehearse a run).
 
-    Returns an ImageSet. Exits with one line when the files cannot be had, naming the URL and the folder for
-    them.
+    Returns an ImageSet. Exits with one line when the files cannot be had, naming the URL and their folder.
     """
     key, folder = parse_dataset(name, data_dir)
     size = image_size or DATASETS[key].size
@@ -156,12 +171,12 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
             images[i], labels[i] = image, label
     mean, std = DATASETS[key].mean, DATASETS[key].std
     if mean is None:
-        counts = torch.stack(
-            [torch.bincount(images[:, c].flatten(), minlength=256) for c in range(channels)]
-        ).double()
-        values, counts = torch.arange(256) / 255, counts / counts.sum(1, keepdim=True)
-        mean = counts @ values.double()
-        std = (counts @ values.double().square() - mean.square()).clamp(min=1e-4).sqrt()
+        # From the counts of the 256 values, so that no float copy of the images is made.
+        counts = [torch.bincount(images[:, c].flatten(), minlength=256).double() for c in range(channels)]
+        share = torch.stack(counts) * channels / images.numel()
+        values = torch.arange(256).double() / 255
+        mean = share @ values
+        std = (share @ values.square() - mean.square()).clamp(min=1e-4).sqrt()
     return ImageSet(images, labels, torch.as_tensor(mean).float(), torch.as_tensor(std).float())
 
 
@@ -224,11 +239,11 @@ def _open_dataset(key, split, folder):
             return tv.CIFAR10(folder, train, download=True)
         if key == "cifar100":
             return tv.CIFAR100(folder, train, download=True)
-        if key == "aircraft":  # 6,667 images: "trainval", labels by variant
+        if key == "aircraft":
+            # 6,667 images: "trainval", labels by variant.
             return tv.FGVCAircraft(folder, "trainval" if train else "test", "variant", download=True)
-        return tv.Flowers102(
-            folder, split, download=True
-        )  # 1,020 images: "train" without "val", as the authors do
+        # 1,020 images: "train" without "val", as the authors do.
+        return tv.Flowers102(folder, split, download=True)
     except (OSError, RuntimeError) as error:
         url, place = TORCHVISION_ARCHIVES[key]
         fail(
@@ -316,9 +331,8 @@ def _dogs(split, root):
     from scipy.io import loadmat  # a dependency of scikit-learn
 
     lists = loadmat(root / f"{split}_list.mat", squeeze_me=True)
-    return _Files(
-        [root / "Images" / str(name) for name in lists["file_list"]], [int(y) - 1 for y in lists["labels"]]
-    )
+    paths = [root / "Images" / str(name) for name in lists["file_list"]]
+    return _Files(paths, [int(label) - 1 for label in lists["labels"]])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -342,6 +356,10 @@ class ConvNet(nn.Module):
 
     def __init__(self, out_dim, image_size=32, channels=3, width=128, depth=3):
         super().__init__()
+        if image_size < 2**depth:
+            fail(
+                f"--depth {depth} needs images of at least {2**depth} px, not {image_size}; choose a smaller"
+            )
         blocks = []
         for i in range(depth):
             blocks += [
@@ -466,10 +484,12 @@ def random_view(
     solarize.
 
     Args:
-        images: (B, C, H, W) uint8, or float in [0, 1]; C is 3, or 1 (then colour jitter is brightness and
-        contrast). generator: a torch.Generator of the images' device. min_crop: smallest crop, as a share of
-        the image's area. flip: mirror half of the images. jitter: strength of brightness, contrast,
-        saturation, and hue (in turns). blur, solarize: probabilities.
+        images: (B, C, H, W) uint8, or float in [0, 1]; with C = 1 only brightness and contrast are jittered.
+        generator: a torch.Generator of the images' device.
+        min_crop: smallest crop, as a share of the image's area.
+        flip: mirror half of the images.
+        jitter: strength of brightness, contrast, saturation, and hue (in turns).
+        blur, solarize: probabilities.
 
     Returns (B, C, H, W) float32 in [0, 1], differentiable in images.
 
@@ -549,13 +569,11 @@ def random_view(
 
 
 def linear_probe(features, labels, num_classes, weight_decay=1e-3, iterations=100):
-    """The linear classifier of the evaluation (paper, appendix A): L-BFGS on mean cross-entropy +
-    weight_decay ||W||^2.
+    """The linear classifier of eq. 3, minimising mean cross-entropy + weight_decay ||W||^2 by L-BFGS.
 
     Args:
         features: (N, F); labels: (N,) int64 in [0, num_classes).
-        iterations: as the paper counts them, each of up to 20 steps (torch's L-BFGS); it ends early at the
-        optimum.
+        iterations: at most 20 steps each, as the paper's appendix A counts them; ends early at the optimum.
 
     Returns weight (num_classes, F) and bias (num_classes,); the bias is not penalised.
     """
@@ -627,23 +645,29 @@ def save(path, contents):
 
 
 def load(path, keys, made_by, mmap=False):
-    """Read what save wrote, with weights_only=True: a file cannot run code.
+    """Read what save wrote, with weights_only=True: a file cannot run code. Exits if it is not such a file.
 
     Args:
-        keys: the keys that it must have.
-        made_by: the stage to name when the file is missing or of another kind, for example
-        "train_teacher.py". mmap: leave the tensors on disk until they are read.
+        keys: what it must have, {key: dimensions of the tensor of floats, or None for anything}.
+        made_by: the command to name when the file is missing or of another kind.
+        mmap: leave the tensors on disk until they are read.
     """
+    again = f"make it again with {made_by}"
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         fail(f"{path}: not found; make it with {made_by}")
     except Exception as error:  # torch raises many kinds for a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-        fail(f"{path}: not a file of {made_by} ({reason}); make it again with {made_by}")
-    missing = [key for key in keys if key not in contents] if isinstance(contents, dict) else keys
-    if missing:
-        fail(f"{path}: has no {missing[0]!r}, so it is not a file of {made_by}; make it again with {made_by}")
+        fail(f"{path}: cannot be read ({reason}); {again}")
+    for key, dimensions in keys.items():
+        if not isinstance(contents, dict) or key not in contents:
+            fail(f"{path}: has no {key!r}, so it is another kind of file; {again}")
+        value = contents[key]
+        if dimensions is not None and not (
+            isinstance(value, torch.Tensor) and value.ndim == dimensions and value.is_floating_point()
+        ):
+            fail(f"{path}: {key!r} is not a tensor of floats with {dimensions} dimensions; {again}")
     return contents
 
 
@@ -655,31 +679,23 @@ def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None):
     together. A targets.pt written by a fork needs no more than {targets}.
     """
     path = Path(out_dir) / "targets.pt"
-    contents = load(path, ["targets"], f"train_teacher.py --dataset {dataset} --out_dir {out_dir}")
-    targets = contents["targets"]
-    if not isinstance(targets, torch.Tensor) or targets.ndim != 2 or not targets.isfinite().all():
-        fail(
-            f"{path}: targets must be a tensor (N, D) of finite numbers; make it again with train_teacher.py"
-        )
+    contents = load(path, {"targets": 2}, f"train_teacher.py --dataset {dataset} --out_dir {out_dir}")
+    targets = contents["targets"].float()
+    if not targets.isfinite().all():
+        fail(f"{path}: the targets are not all finite; make it again with train_teacher.py")
     train = load_images(dataset, "train", data_dir, image_size, limit)
-    of_images = images_id(train.images)
-    if len(targets) != len(train.images):
+    n, px, here = len(train.images), train.images.shape[-1], images_id(train.images)
+    if len(targets) != n:
         fail(
-            f"{path}: has {len(targets)} targets, but --dataset {dataset} has {len(train.images)} training "
-            "images; "
-            "give the --dataset, --data_dir and --limit that they were made with, or another --out_dir"
+            f"{path}: has {len(targets)} targets, but --dataset {dataset} has {n} training images; give the "
+            "--dataset, --data_dir and --limit that they were made with, or another --out_dir"
         )
-    if contents.get("images_id", of_images) != of_images:
+    if contents.get("images_id", here) != here:
         fail(
-            f"{path}: was made from other images than --dataset {dataset} at {train.images.shape[-1]} px; "
-            "give the --dataset, --data_dir and --image_size that it was made with, or another --out_dir"
+            f"{path}: was made from other images than --dataset {dataset} at {px} px; give the --dataset, "
+            "--data_dir and --image_size that it was made with, or another --out_dir"
         )
-    targets = targets.float()
-    made = {
-        "options": contents.get("options", {}),
-        "images_id": of_images,
-        "targets_id": fingerprint(targets),
-    }
+    made = {"options": contents.get("options", {}), "images_id": here, "targets_id": fingerprint(targets)}
     return train, targets, made
 
 
@@ -691,7 +707,7 @@ def is_done(path, stage, options, keys):
     """
     if not Path(path).exists():
         return False
-    made = load(path, keys, f"{stage}.py").get("options", {}).get(stage, {})
+    made = load(path, keys, f"{stage}.py", mmap=True).get("options", {}).get(stage, {})
     for name, value in options.items():
         if name in made and made[name] != value:
             fail(
@@ -710,6 +726,19 @@ def recipe(options):
     """Those of a stage's options that its result depends on; the others may differ from run to run."""
     free = ("data_dir", "out_dir", "device", "threads", "num_experts", "first_expert")
     return {name: value for name, value in options.items() if name not in free}
+
+
+def run(main, args):
+    """main(args), for the command line: what the machine refuses ends in one line too."""
+    try:
+        main(args)
+    except torch.OutOfMemoryError as error:
+        fail(f"the device is out of memory ({str(error).splitlines()[0]}); choose a smaller batch or --limit")
+    except OSError as error:
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 class Log:

@@ -35,40 +35,72 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data and files")
     data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
     data.add_argument("--data_dir", default="data", help="of downloads; DIR of a plain --dataset imagefolder")
-    data.add_argument("--image_size", type=int, help="pixels (default: the data set's, imagefolder 32)")
-    data.add_argument("--limit", type=int, help="use only so many training and test images, evenly spaced")
+    data.add_argument(
+        "--image_size", type=common.at_least(1), help="pixels (default: the data set's, imagefolder 32)"
+    )
+    data.add_argument(
+        "--limit", type=common.at_least(1), help="use only so many training and test images, evenly spaced"
+    )
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     data.add_argument("--name", help="of the set (default: mkdt_INIT, or subset_INIT with --iters 0)")
     net = parser.add_argument_group("student f_S, as in train_experts.py")
-    net.add_argument("--width", type=int, default=128, help="channels of the ConvNet")
-    net.add_argument("--depth", type=int, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
+    net.add_argument("--width", type=common.at_least(1), default=128, help="channels of the ConvNet")
+    net.add_argument(
+        "--depth", type=common.at_least(1), help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)"
+    )
     syn = parser.add_argument_group("synthetic set D_syn, Z_syn")
-    syn.add_argument("--fraction", type=float, default=0.02, help="|D_syn| / |D_real|")
+    syn.add_argument("--fraction", type=common.at_least(0, float), default=0.02, help="|D_syn| / |D_real|")
     syn.add_argument(
         "--init", choices=["high_loss", "random"], default="high_loss", help="of D_syn (sec. 4.2)"
     )
-    syn.add_argument("--lr_init", type=float, default=0.1, help="start of alpha_syn; lr of a plain subset")
+    syn.add_argument(
+        "--lr_init",
+        type=common.at_least(0, float),
+        default=0.1,
+        help="start of alpha_syn; lr of a plain subset",
+    )
     syn.add_argument("--lr_from", metavar="NAME", help="take it from OUT/sets/NAME.pt instead")
     match = parser.add_argument_group("trajectory matching (eq. 4 and 8)")
-    match.add_argument("--iters", type=int, default=5000, help="S; 0: write the subset it would start from")
-    match.add_argument("--syn_steps", type=int, default=40, help="N, SGD steps on D_syn (tinyimagenet: 10)")
-    match.add_argument("--expert_epochs", type=int, default=2, help="M, epochs of the expert to match")
-    match.add_argument("--max_start_epoch", type=int, default=2, help="T+: t = 0 ... T+ - 1 (5 %% cifar: 5)")
-    match.add_argument("--batch_syn", type=int, default=256, help="synthetic images a step")
-    match.add_argument("--inner_momentum", type=float, default=0.0, help="of the N steps (the paper: none)")
-    match.add_argument("--lr_img", type=float, default=1e3, help="lr of the pixels (5 %%: 1e4; tiny: 1e5)")
-    match.add_argument("--lr_lr", type=float, default=1e-4, help="lr of alpha_syn")
-    match.add_argument("--lr_targets", type=float, default=0.0, help="lr of Z_syn (authors' code: 1)")
-    match.add_argument("--momentum", type=float, default=0.5, help="of the SGD on pixels, lr, Z_syn")
-    parser.add_argument("--seed", type=int, default=0)
+    match.add_argument(
+        "--iters", type=common.at_least(0), default=5000, help="S; 0: write the subset it would start from"
+    )
+    match.add_argument(
+        "--syn_steps", type=common.at_least(1), default=40, help="N, SGD steps on D_syn (tinyimagenet: 10)"
+    )
+    match.add_argument(
+        "--expert_epochs", type=common.at_least(1), default=2, help="M, epochs of the expert to match"
+    )
+    match.add_argument(
+        "--max_start_epoch", type=common.at_least(1), default=2, help="T+: t = 0 ... T+ - 1 (5 %% cifar: 5)"
+    )
+    match.add_argument("--batch_syn", type=common.at_least(1), default=256, help="synthetic images a step")
+    match.add_argument(
+        "--inner_momentum",
+        type=common.at_least(0, float),
+        default=0.0,
+        help="of the N steps (the paper: none)",
+    )
+    match.add_argument(
+        "--lr_img",
+        type=common.at_least(0, float),
+        default=1e3,
+        help="lr of the pixels (5 %%: 1e4; tiny: 1e5)",
+    )
+    match.add_argument("--lr_lr", type=common.at_least(0, float), default=1e-4, help="lr of alpha_syn")
+    match.add_argument(
+        "--lr_targets", type=common.at_least(0, float), default=0.0, help="lr of Z_syn (authors' code: 1)"
+    )
+    match.add_argument(
+        "--momentum", type=common.at_least(0, float), default=0.5, help="of the SGD on pixels, lr, Z_syn"
+    )
+    parser.add_argument("--seed", type=common.at_least(0), default=0)
     parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=common.at_least(1), help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
-    default_name = f"{'mkdt' if args.iters else 'subset'}_{args.init}" + (
-        f"_lr_from_{args.lr_from}" if args.lr_from else ""
-    )
-    args.name = args.name or default_name
+    if not args.name:
+        args.name = f"{'mkdt' if args.iters else 'subset'}_{args.init}"
+        args.name += f"_lr_from_{args.lr_from}" if args.lr_from else ""
     return args
 
 
@@ -116,13 +148,13 @@ class _StudentSteps(torch.autograd.Function):
 
 
 def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0):
-    """Train a student on the synthetic set: theta_{n+1} = theta_n - lr v_{n+1}, v_{n+1} = momentum v_n + g_n
-    (eq. 8).
+    """Train a student on the synthetic set (eq. 8): theta_{n+1} = theta_n - lr v_{n+1}.
 
-    g_n is the gradient of loss_fn(theta_n, images[batches[n]], targets[batches[n]]) in theta_n. The result is
-    exactly differentiable in theta, images, targets and lr. Autograd through the loop would hold the
-    activations of all N steps; here the forward pass keeps theta_n only, and the backward pass walks back.
-    With lam_N = dL/dtheta_N, r_N = 0 and, for n = N-1 ... 0,
+    v_{n+1} = momentum v_n + g_n with v_0 = 0, and g_n is the gradient in theta_n of
+    loss_fn(theta_n, images[batches[n]], targets[batches[n]]). The result is exactly differentiable in theta,
+    images, targets and lr. Autograd through the loop would hold the activations of all N steps; here the
+    forward pass keeps theta_n only, and the backward pass walks back. With lam_N = dL/dtheta_N, r_N = 0 and,
+    for n = N-1 ... 0,
 
         r_n = lam_{n+1} + momentum r_{n+1},   s_n = <g_n, r_n>,   lam_n = lam_{n+1} - lr ds_n/dtheta_n
 
@@ -131,8 +163,7 @@ def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0):
 
     Args:
         loss_fn: (theta (P,), images (B, C, H, W), targets (B, D)) -> scalar; a function of these alone,
-        without any
-            randomness of its own, for it is called again on the way back.
+            without randomness of its own, for it is called again on the way back.
         theta: (P,); images: (S, C, H, W); targets: (S, D); lr: a scalar tensor.
         batches: N index tensors into images and targets, on their device.
 
@@ -160,24 +191,26 @@ def draw_batches(size, batch_size, steps, generator):
 
 
 def high_loss_indices(example_losses, size):
-    """The `size` images with the highest loss, (size,), hardest first; example_losses (K, N) is averaged over
-    experts.
+    """The `size` images with the highest loss, (size,), hardest first; example_losses is (K, N).
 
-    Section 4.2, "Initializing Synthetic Data"; no labels, no balancing.
+    The losses are averaged over the experts (section 4.2, "Initializing Synthetic Data"); no labels, no
+    balancing.
     """
     return example_losses.mean(0).topk(size).indices
 
 
 def load_experts(folder, num_images, num_parameters, targets_id):
-    """All experts of a run: trajectories, a list of K (E + 1, P) that stay on disk until rows are read, and
-    the mean example loss (N,). Exits if a file does not belong to the others, to these targets or to this
-    student."""
+    """All experts of a run: trajectories, K times (E + 1, P), and example losses (K, N).
+
+    The trajectories stay on disk until rows of them are read. Exits if a file does not belong to the others,
+    to these targets or to this student.
+    """
     paths = sorted(folder.glob("[0-9]*.pt"))
     if not paths:
         common.fail(f"{folder}: has no experts; make them with train_experts.py")
     trajectories, losses, first = [], [], None
     for path in paths:
-        expert = common.load(path, ["trajectory", "example_loss"], "train_experts.py", mmap=True)
+        expert = common.load(path, {"trajectory": 2, "example_loss": 1}, "train_experts.py", mmap=True)
         trajectory, loss = expert["trajectory"], expert["example_loss"]
         options = expert.get("options", {}).get("train_experts")
         first = first or (trajectory.shape, options)
@@ -216,7 +249,7 @@ def main(args):
         torch.set_num_threads(args.threads)
     options = common.recipe(vars(args))
     path = args.out_dir / "sets" / f"{args.name}.pt"
-    if common.is_done(path, "distill", options, ["images", "targets", "lr"]):
+    if common.is_done(path, "distill", options, {"images": 4, "targets": 2, "lr": None}):
         print(f"{path} is there: nothing to do")
         return
     train, all_targets, made = common.load_targets(
@@ -229,10 +262,8 @@ def main(args):
         common.fail(
             f"--fraction {args.fraction}: makes a set of {size} of {n} images; choose one in ({1 / n:.2g}, 1]"
         )
-    net = common.ConvNet(
-        all_targets.shape[1], px, channels, args.width, args.depth or common.default_depth(px)
-    )
-    net = net.to(args.device)
+    depth = args.depth or common.default_depth(px)
+    net = common.ConvNet(all_targets.shape[1], px, channels, args.width, depth).to(args.device)
     num_parameters = common.flatten(net).numel()
 
     if args.iters or args.init == "high_loss":
@@ -246,7 +277,9 @@ def main(args):
                 f"the epochs 0 to {needed} of the experts, which have {epochs}; both must be at least 1"
             )
     if args.lr_from:
-        args.lr_init = common.load(args.out_dir / "sets" / f"{args.lr_from}.pt", ["lr"], "distill.py")["lr"]
+        args.lr_init = common.load(args.out_dir / "sets" / f"{args.lr_from}.pt", {"lr": None}, "distill.py")[
+            "lr"
+        ]
     generator = torch.Generator().manual_seed(args.seed)
     if args.init == "high_loss":
         indices = high_loss_indices(example_losses, size)
@@ -262,9 +295,8 @@ def main(args):
     optimizer = torch.optim.SGD(groups, momentum=args.momentum)
     log = common.Log(args.out_dir, f"distill_{args.name}", vars(args))
 
-    def kd_loss(
-        theta, x, z
-    ):  # eq. 5 on a synthetic batch; a fork's own objective goes here and in train_experts.py
+    def kd_loss(theta, x, z):
+        """Eq. 5 on a synthetic batch; another objective goes here and into train_experts.py."""
         return F.mse_loss(common.forward_flat(net, theta, x), z)
 
     for it in range(1, args.iters + 1):
@@ -273,9 +305,8 @@ def main(args):
         t = torch.randint(args.max_start_epoch, (), generator=generator).item()
         start = trajectories[k][t].to(args.device)
         goal = trajectories[k][t + args.expert_epochs].to(args.device)
-        batches = [
-            batch.to(args.device) for batch in draw_batches(size, args.batch_syn, args.syn_steps, generator)
-        ]
+        batches = draw_batches(size, args.batch_syn, args.syn_steps, generator)
+        batches = [batch.to(args.device) for batch in batches]
         theta = student_steps(kd_loss, start, images, targets, lr, batches, args.inner_momentum)
         loss = matching_loss(theta, start, goal)
         optimizer.zero_grad()
@@ -300,12 +331,13 @@ def main(args):
             seconds=round(time.time() - began, 4),
         )
         log.say(
-            f"iteration {log.progress(it, args.iters)}: matching loss {value:.4f}, lr {lr.item():.4f}, "
-            "pixels moved "
-            f"{moved:.4f}",
+            f"{args.name} {log.progress(it, args.iters)}: matching loss {value:.4f}, lr {lr.item():.4f}, "
+            f"pixels moved {moved:.4f}",
             last=it == args.iters,
         )
 
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(path.with_suffix(".png"), start_images, images.detach(), stats)
     common.save(path, {
         "images": images.detach().cpu(),
         "targets": targets.detach().cpu(),
@@ -314,9 +346,8 @@ def main(args):
         **made,
         "options": {**made["options"], "distill": options},
     })  # fmt: skip
-    save_picture(path.with_suffix(".png"), start_images, images.detach(), stats)
     print(f"wrote {path} and .png: {size} images, lr {lr.item():.4f}")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    common.run(main, parse_args())

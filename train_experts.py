@@ -35,23 +35,31 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data and files")
     data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
     data.add_argument("--data_dir", default="data", help="of downloads; DIR of a plain --dataset imagefolder")
-    data.add_argument("--image_size", type=int, help="pixels (default: the data set's, imagefolder 32)")
-    data.add_argument("--limit", type=int, help="use only so many training and test images, evenly spaced")
+    data.add_argument(
+        "--image_size", type=common.at_least(1), help="pixels (default: the data set's, imagefolder 32)"
+    )
+    data.add_argument(
+        "--limit", type=common.at_least(1), help="use only so many training and test images, evenly spaced"
+    )
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     net = parser.add_argument_group("student f_S")
-    net.add_argument("--width", type=int, default=128, help="channels of the ConvNet")
-    net.add_argument("--depth", type=int, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
+    net.add_argument("--width", type=common.at_least(1), default=128, help="channels of the ConvNet")
+    net.add_argument(
+        "--depth", type=common.at_least(1), help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)"
+    )
     kd = parser.add_argument_group("expert trajectories (eq. 7)")
-    kd.add_argument("--num_experts", type=int, default=100, help="K")
-    kd.add_argument("--first_expert", type=int, default=0, help="the first's number (to split K up)")
-    kd.add_argument("--epochs", type=int, default=3, help="E, at least T+ - 1 + M (paper: 20)")
-    kd.add_argument("--batch_size", type=int, default=256)
-    kd.add_argument("--lr", type=float, default=0.1, help="of SGD, constant")
-    kd.add_argument("--momentum", type=float, default=0.9)
-    kd.add_argument("--weight_decay", type=float, default=1e-4)
-    parser.add_argument("--seed", type=int, default=0, help="expert k is seeded by seed + k")
+    kd.add_argument("--num_experts", type=common.at_least(1), default=100, help="K")
+    kd.add_argument(
+        "--first_expert", type=common.at_least(0), default=0, help="the first's number (to split K up)"
+    )
+    kd.add_argument("--epochs", type=common.at_least(1), default=3, help="E, at least T+ - 1 + M (paper: 20)")
+    kd.add_argument("--batch_size", type=common.at_least(1), default=256)
+    kd.add_argument("--lr", type=common.at_least(0, float), default=0.1, help="of SGD, constant")
+    kd.add_argument("--momentum", type=common.at_least(0, float), default=0.9)
+    kd.add_argument("--weight_decay", type=common.at_least(0, float), default=1e-4)
+    parser.add_argument("--seed", type=common.at_least(0), default=0, help="expert k is seeded by seed + k")
     parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=common.at_least(1), help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
     return args
@@ -84,8 +92,6 @@ def train_expert(net, images, targets, stats, args, seed):
 def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.epochs < 1:
-        common.fail(f"--epochs {args.epochs}: a trajectory has at least one")
     train, targets, made = common.load_targets(
         args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit
     )
@@ -98,7 +104,7 @@ def main(args):
     for i in range(args.num_experts):
         k = args.first_expert + i
         path = args.out_dir / "experts" / f"{k:04d}.pt"
-        if common.is_done(path, "train_experts", options, ["trajectory", "example_loss"]):
+        if common.is_done(path, "train_experts", options, {"trajectory": 2, "example_loss": 1}):
             continue
         start = time.time()
         torch.manual_seed(args.seed + k)
@@ -124,4 +130,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    common.run(main, parse_args())

@@ -39,26 +39,50 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data and files")
     data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
     data.add_argument("--data_dir", default="data", help="of downloads; DIR of a plain --dataset imagefolder")
-    data.add_argument("--image_size", type=int, help="pixels (default: the data set's, imagefolder 32)")
-    data.add_argument("--limit", type=int, help="use only so many training and test images, evenly spaced")
+    data.add_argument(
+        "--image_size", type=common.at_least(1), help="pixels (default: the data set's, imagefolder 32)"
+    )
+    data.add_argument(
+        "--limit", type=common.at_least(1), help="use only so many training and test images, evenly spaced"
+    )
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     ssl = parser.add_argument_group("self-supervised learning (L_SSL, eq. 6)")
     ssl.add_argument("--ssl", choices=RECIPES, default="barlow_twins")
-    ssl.add_argument("--epochs", type=int, help="default: 1000, simclr 400")
-    ssl.add_argument("--batch_size", type=int, help="default: 256, simclr 512")
-    ssl.add_argument("--lr", type=float, help="of Adam, cosine to a thousandth (default: 0.01, simclr 0.001)")
-    ssl.add_argument("--warmup_epochs", type=int, default=10, help="of linear growth of the lr")
-    ssl.add_argument("--weight_decay", type=float, default=1e-6)
-    ssl.add_argument("--bt_lambda", type=float, default=8 / 1024, help="lambda, eq. 1 (tinyimagenet: 1/1024)")
-    ssl.add_argument("--projection_dim", type=int, default=1024, help="d of eq. 1, output of the projector")
-    ssl.add_argument("--temperature", type=float, default=0.5, help="of SimCLR")
-    ssl.add_argument("--min_crop", type=float, default=0.08, help="smallest random crop, share of the area")
+    ssl.add_argument("--epochs", type=common.at_least(0), help="default: 1000, simclr 400")
+    ssl.add_argument("--batch_size", type=common.at_least(1), help="default: 256, simclr 512")
+    ssl.add_argument(
+        "--lr",
+        type=common.at_least(0, float),
+        help="of Adam, cosine to a thousandth (default: 0.01, simclr 0.001)",
+    )
+    ssl.add_argument(
+        "--warmup_epochs", type=common.at_least(0), default=10, help="of linear growth of the lr"
+    )
+    ssl.add_argument("--weight_decay", type=common.at_least(0, float), default=1e-6)
+    ssl.add_argument(
+        "--bt_lambda",
+        type=common.at_least(0, float),
+        default=8 / 1024,
+        help="lambda, eq. 1 (tinyimagenet: 1/1024)",
+    )
+    ssl.add_argument(
+        "--projection_dim", type=common.at_least(1), default=1024, help="d of eq. 1, output of the projector"
+    )
+    ssl.add_argument("--temperature", type=common.at_least(0, float), default=0.5, help="of SimCLR")
+    ssl.add_argument(
+        "--min_crop",
+        type=common.at_least(0, float),
+        default=0.08,
+        help="smallest random crop, share of the area",
+    )
     net = parser.add_argument_group("teacher f_T")
-    net.add_argument("--width", type=int, default=64, help="of ResNet-18's first stage; D = 8 width")
+    net.add_argument(
+        "--width", type=common.at_least(1), default=64, help="of ResNet-18's first stage; D = 8 width"
+    )
     net.add_argument("--init_from", help="state dict of a ResNet-18 with a 3x3 stem, or a teacher.pt")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=common.at_least(0), default=0)
     parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=common.at_least(1), help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     for name, value in RECIPES[args.ssl].items():
         if getattr(args, name) is None:
@@ -81,7 +105,7 @@ def make_projector(ssl, in_dim, projection_dim):
 
 def load_encoder(encoder, path):
     """Copy a ResNet-18's weights into encoder; a classifier's last layer in the file is left out."""
-    contents = common.load(path, [], "train_teacher.py, or torch.save of a state dict,")
+    contents = common.load(path, {}, "train_teacher.py, or torch.save of a state dict,")
     weights = {k: v for k, v in contents.get("encoder", contents).items() if not k.startswith("fc.")}
     try:
         encoder.load_state_dict(weights)
@@ -148,10 +172,10 @@ def main(args):
         torch.set_num_threads(args.threads)
     options = common.recipe(vars(args))
     teacher_path, targets_path = args.out_dir / "teacher.pt", args.out_dir / "targets.pt"
-    if common.is_done(targets_path, "train_teacher", options, ["targets"]):
+    if common.is_done(targets_path, "train_teacher", options, {"targets": 2}):
         print(f"{targets_path} is there: nothing to do")
         return
-    trained = common.is_done(teacher_path, "train_teacher", options, ["encoder"])
+    trained = common.is_done(teacher_path, "train_teacher", options, {"encoder": None})
 
     images = common.load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
     n, channels, px = images.images.shape[:3]
@@ -193,4 +217,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    common.run(main, parse_args())

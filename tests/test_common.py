@@ -216,11 +216,13 @@ def test_save_is_whole_or_not_at_all(tmp_path):
     common.save(path, {"x": torch.ones(2)})
     with pytest.raises(Exception):  # noqa: B017 - whatever pickle says of a lambda
         common.save(path, {"x": lambda: 0})
-    assert torch.equal(common.load(path, ["x"], "nobody")["x"], torch.ones(2))
+    assert torch.equal(common.load(path, {"x": 1}, "nobody")["x"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a file of torch", None, {"y": 1}, [1]])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a file of torch", None, {"y": 1}, {"x": 1}, {"x": torch.ones(2, 2)}, [1]]
+)
 def test_load_says_what_to_do(tmp_path, capsys, content):
     path = tmp_path / "a.pt"
     if isinstance(content, bytes):
@@ -228,7 +230,7 @@ def test_load_says_what_to_do(tmp_path, capsys, content):
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(SystemExit) as stop:
-        common.load(path, ["x"], "train_teacher.py")
+        common.load(path, {"x": 1}, "train_teacher.py")
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1
     assert str(path) in message and "train_teacher.py" in message
@@ -241,7 +243,7 @@ def test_load_runs_no_code(tmp_path, capsys):
 
     torch.save({"x": Evil()}, tmp_path / "a.pt")
     with pytest.raises(SystemExit):
-        common.load(tmp_path / "a.pt", ["x"], "nobody")
+        common.load(tmp_path / "a.pt", {"x": None}, "nobody")
     assert "code was run" not in capsys.readouterr().out
 
 
