@@ -32,12 +32,13 @@ esac
 rehearse=$1
 
 # The options of each stage. The scripts' defaults are the paper's setting for 2 % of CIFAR-10.
-ssl=barlow_twins student=() teacher=() experts=() distill=() evaluate=() downstream=$dataset seeds="0 1 2"
+ssl=barlow_twins threads=() student=() teacher=() experts=() distill=() evaluate=() downstream=$dataset seeds="0 1 2"
 fraction=${FRACTION:-0.02}
 case $preset in
   digits) # chosen on held-out training images (evaluate.py --split val)
     ssl=simclr fraction=${FRACTION:-0.05} seeds="0 1 2 3 4 5 6 7 8 9"
-    student=(--threads 1 --width 16) # small tensors are fastest on one thread
+    threads=(--threads 1) # small tensors are fastest so
+    student=(--width 16)
     teacher=(--width 16 --epochs 40 --batch_size 128 --lr 0.003 --min_crop 0.4)
     experts=(--num_experts 10 --epochs 5 --batch_size 32)
     distill=(--iters 150 --syn_steps 20 --expert_epochs 2 --max_start_epoch 4 --batch_syn 32)
@@ -66,7 +67,7 @@ fi
 suffix=
 [ "$fraction" = 0.02 ] || [ $preset = digits ] || suffix=_$fraction
 out=${OUT:-runs/$(basename "${dataset#*:}")$suffix${rehearse:+_rehearsal}}
-data=(--dataset "$dataset" --data_dir "${DATA_DIR:-data}" --out_dir "$out")
+data=(--dataset "$dataset" --data_dir "${DATA_DIR:-data}" --out_dir "$out" "${threads[@]}")
 [ -z "$IMAGE_SIZE" ] || data+=(--image_size "$IMAGE_SIZE")
 
 run() {
