@@ -196,7 +196,7 @@ def make_table(cells, sets, downstream, fractions, seeds):
     cells: {(set, downstream, fraction, seed): accuracy in percent}.
     """
     columns = [(d, f) for d in downstream for f in fractions]
-    lines = ["| pre-training set | " + " | ".join(f"{d}, {100 * f:g} % labels" for d, f in columns) + " |"]
+    lines = ["| pre-training set | " + " | ".join(f"{common.run_name(d)}, {100 * f:g} % labels" for d, f in columns) + " |"]
     lines += ["|---|" + "---|" * len(columns)]
     for name in sets:
         row = []
@@ -291,7 +291,7 @@ def main(args):
     table = make_table(cells, list(sets), list(downstream), args.fractions, args.seeds)
     caption = (
         f"Linear-probe accuracy in % on the {args.split} split, mean ± std (divisor n - 1) over n = "
-        f"{len(args.seeds)} seeds; pre-training on {args.dataset} for {args.epochs} epochs."
+        f"{len(args.seeds)} seeds; pre-training on {common.run_name(args.dataset)} for {args.epochs} epochs."
     )
     (args.out_dir / "results.md").write_text(f"{table}\n{caption}\n")
     print(f"\n{table}\n{caption}\nwrote {args.out_dir / 'results.md'} and results.jsonl")
