@@ -196,7 +196,8 @@ def make_table(cells, sets, downstream, fractions, seeds):
     cells: {(set, downstream, fraction, seed): accuracy in percent}.
     """
     columns = [(d, f) for d in downstream for f in fractions]
-    lines = ["| pre-training set | " + " | ".join(f"{common.run_name(d)}, {100 * f:g} % labels" for d, f in columns) + " |"]
+    titles = [f"{common.run_name(d)}, {100 * f:g} % labels" for d, f in columns]
+    lines = ["| pre-training set | " + " | ".join(titles) + " |"]
     lines += ["|---|" + "---|" * len(columns)]
     for name in sets:
         row = []
