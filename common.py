@@ -753,7 +753,9 @@ class Log:
             options=options,
             time=time.strftime("%Y-%m-%d %H:%M:%S"),
             torch=torch.__version__,
-            device=torch.cuda.get_device_name() if str(options.get("device")).startswith("cuda") else "cpu",
+            device=torch.cuda.get_device_name()
+            if options["device"].startswith("cuda")
+            else options["device"],
             threads=torch.get_num_threads(),
         )
 

@@ -164,11 +164,13 @@ def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0):
     Args:
         loss_fn: (theta (P,), images (B, C, H, W), targets (B, D)) -> scalar; a function of these alone,
             without randomness of its own, for it is called again on the way back.
-        theta: (P,); images: (S, C, H, W); targets: (S, D); lr: a scalar tensor.
-        batches: N index tensors into images and targets, on their device.
+        theta: (P,); images: (S, C, H, W); targets: (S, D); lr: a scalar.
+        batches: N index tensors into images and targets.
 
     Returns theta_N (P,).
     """
+    lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device)
+    batches = [batch.to(images.device) for batch in batches]
     return _StudentSteps.apply(theta, images, targets, lr, loss_fn, batches, momentum)
 
 
@@ -306,7 +308,6 @@ def main(args):
         start = trajectories[k][t].to(args.device)
         goal = trajectories[k][t + args.expert_epochs].to(args.device)
         batches = draw_batches(size, args.batch_syn, args.syn_steps, generator)
-        batches = [batch.to(args.device) for batch in batches]
         theta = student_steps(kd_loss, start, images, targets, lr, batches, args.inner_momentum)
         loss = matching_loss(theta, start, goal)
         optimizer.zero_grad()

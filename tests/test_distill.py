@@ -58,7 +58,7 @@ def test_student_steps_is_sgd():
     def loss_fn(theta, x, z):
         return nn.functional.mse_loss(common.forward_flat(net, theta, x), z)
 
-    end = distill.student_steps(loss_fn, theta, images, targets, torch.tensor(0.2), batches, momentum=0.9)
+    end = distill.student_steps(loss_fn, theta, images, targets, 0.2, batches, momentum=0.9)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
     for batch in batches:
         optimizer.zero_grad()
