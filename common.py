@@ -127,6 +127,9 @@ def at_least(low, kind=int):
     return parse
 
 
+positive, natural, number = at_least(1), at_least(0), at_least(0, float)
+
+
 def parse_dataset(name, data_dir):
     """(key of DATASETS, folder of its files) of a data set's name; "imagefolder:DIR" names its own folder.
 

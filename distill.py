@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import torchvision
 
 import common
+from common import natural, number, positive
 
 
 def parse_args(argv=None):
@@ -35,67 +36,32 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data and files")
     data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
     data.add_argument("--data_dir", default="data", help="of downloads; DIR of a plain --dataset imagefolder")
-    data.add_argument(
-        "--image_size", type=common.at_least(1), help="pixels (default: the data set's, imagefolder 32)"
-    )
-    data.add_argument(
-        "--limit", type=common.at_least(1), help="use only so many training and test images, evenly spaced"
-    )
+    data.add_argument("--image_size", type=positive, help="pixels (default: the data set's, imagefolder 32)")
+    data.add_argument("--limit", type=positive, help="use only so many images of each split, evenly spaced")
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     data.add_argument("--name", help="of the set (default: mkdt_INIT, or subset_INIT with --iters 0)")
     net = parser.add_argument_group("student f_S, as in train_experts.py")
-    net.add_argument("--width", type=common.at_least(1), default=128, help="channels of the ConvNet")
-    net.add_argument(
-        "--depth", type=common.at_least(1), help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)"
-    )
+    net.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
+    net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     syn = parser.add_argument_group("synthetic set D_syn, Z_syn")
-    syn.add_argument("--fraction", type=common.at_least(0, float), default=0.02, help="|D_syn| / |D_real|")
-    syn.add_argument(
-        "--init", choices=["high_loss", "random"], default="high_loss", help="of D_syn (sec. 4.2)"
-    )
-    syn.add_argument(
-        "--lr_init",
-        type=common.at_least(0, float),
-        default=0.1,
-        help="start of alpha_syn; lr of a plain subset",
-    )
+    syn.add_argument("--fraction", type=number, default=0.02, help="|D_syn| / |D_real|")
+    syn.add_argument("--init", choices=["high_loss", "random"], default="high_loss", help="of D_syn")
+    syn.add_argument("--lr_init", type=number, default=0.1, help="start of alpha_syn; lr of a plain subset")
     syn.add_argument("--lr_from", metavar="NAME", help="take it from OUT/sets/NAME.pt instead")
     match = parser.add_argument_group("trajectory matching (eq. 4 and 8)")
-    match.add_argument(
-        "--iters", type=common.at_least(0), default=5000, help="S; 0: write the subset it would start from"
-    )
-    match.add_argument(
-        "--syn_steps", type=common.at_least(1), default=40, help="N, SGD steps on D_syn (tinyimagenet: 10)"
-    )
-    match.add_argument(
-        "--expert_epochs", type=common.at_least(1), default=2, help="M, epochs of the expert to match"
-    )
-    match.add_argument(
-        "--max_start_epoch", type=common.at_least(1), default=2, help="T+: t = 0 ... T+ - 1 (5 %% cifar: 5)"
-    )
-    match.add_argument("--batch_syn", type=common.at_least(1), default=256, help="synthetic images a step")
-    match.add_argument(
-        "--inner_momentum",
-        type=common.at_least(0, float),
-        default=0.0,
-        help="of the N steps (the paper: none)",
-    )
-    match.add_argument(
-        "--lr_img",
-        type=common.at_least(0, float),
-        default=1e3,
-        help="lr of the pixels (5 %%: 1e4; tiny: 1e5)",
-    )
-    match.add_argument("--lr_lr", type=common.at_least(0, float), default=1e-4, help="lr of alpha_syn")
-    match.add_argument(
-        "--lr_targets", type=common.at_least(0, float), default=0.0, help="lr of Z_syn (authors' code: 1)"
-    )
-    match.add_argument(
-        "--momentum", type=common.at_least(0, float), default=0.5, help="of the SGD on pixels, lr, Z_syn"
-    )
-    parser.add_argument("--seed", type=common.at_least(0), default=0)
+    match.add_argument("--iters", type=natural, default=5000, help="S; 0: the plain subset")
+    match.add_argument("--syn_steps", type=positive, default=40, help="N, steps on D_syn (tinyimagenet: 10)")
+    match.add_argument("--expert_epochs", type=positive, default=2, help="M, epochs of the expert to match")
+    match.add_argument("--max_start_epoch", type=positive, default=2, help="T+ > t (5 %% of cifar: 5)")
+    match.add_argument("--batch_syn", type=positive, default=256, help="synthetic images a step")
+    match.add_argument("--inner_momentum", type=number, default=0.0, help="of the N steps (the paper: none)")
+    match.add_argument("--lr_img", type=number, default=1e3, help="of the pixels (5 %%: 1e4; tiny: 1e5)")
+    match.add_argument("--lr_lr", type=number, default=1e-4, help="lr of alpha_syn")
+    match.add_argument("--lr_targets", type=number, default=0.0, help="lr of Z_syn (authors' code: 1)")
+    match.add_argument("--momentum", type=number, default=0.5, help="of the SGD on pixels, lr, Z_syn")
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
-    parser.add_argument("--threads", type=common.at_least(1), help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
     if not args.name:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+from common import natural, number, positive
 
 ROWS = {  # names of the table's rows, in its order; other sets follow under their file's name
     "none": "no pre-training",
@@ -45,40 +46,27 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data and files")
     data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
     data.add_argument("--data_dir", default="data", help="of downloads; DIR of a plain --dataset imagefolder")
-    data.add_argument(
-        "--image_size", type=common.at_least(1), help="pixels (default: the data set's, imagefolder 32)"
-    )
-    data.add_argument(
-        "--limit", type=common.at_least(1), help="use only so many training and test images, evenly spaced"
-    )
+    data.add_argument("--image_size", type=positive, help="pixels (default: the data set's, imagefolder 32)")
+    data.add_argument("--limit", type=positive, help="use only so many images of each split, evenly spaced")
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     data.add_argument("--sets", nargs="+", help="of OUT/sets, none, full (default: none, all, full)")
     net = parser.add_argument_group("student f_S, as in train_experts.py")
-    net.add_argument("--width", type=common.at_least(1), default=128, help="channels of the ConvNet")
-    net.add_argument(
-        "--depth", type=common.at_least(1), help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)"
-    )
+    net.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
+    net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     pre = parser.add_argument_group("pre-training (eq. 9)")
-    pre.add_argument("--epochs", type=common.at_least(0), default=20)
-    pre.add_argument("--batch_size", type=common.at_least(1), default=256)
-    pre.add_argument(
-        "--lr",
-        type=common.at_least(0, float),
-        default=0.1,
-        help="for full data; a set brings its own, alpha_syn",
-    )
-    pre.add_argument("--momentum", type=common.at_least(0, float), default=0.9)
-    pre.add_argument("--weight_decay", type=common.at_least(0, float), default=1e-4)
+    pre.add_argument("--epochs", type=natural, default=20)
+    pre.add_argument("--batch_size", type=positive, default=256)
+    pre.add_argument("--lr", type=number, default=0.1, help="for full data; a set brings its own, alpha_syn")
+    pre.add_argument("--momentum", type=number, default=0.9)
+    pre.add_argument("--weight_decay", type=number, default=1e-4)
     probe = parser.add_argument_group("linear probe (eq. 3)")
     probe.add_argument("--downstream", nargs="+", help="D_d, its data sets (default: --dataset)")
     probe.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.05], help="labelled part")
-    probe.add_argument(
-        "--seeds", type=common.at_least(0), nargs="+", default=[0, 1, 2], help="of weights, order and labels"
-    )
+    probe.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="of weights and labels")
     val = "val: on every fifth training image, whose labels are held out; to choose options by"
     probe.add_argument("--split", choices=["test", "val"], default="test", help=val)
     parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
-    parser.add_argument("--threads", type=common.at_least(1), help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
     args.downstream = args.downstream or [args.dataset]
@@ -180,13 +168,13 @@ def read_results(path):
     if text and not text.endswith("\n"):
         with open(path, "a") as file:  # so that the next record starts a line of its own
             file.write("\n")
-    for number, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
             key(record), record["accuracy"], record["options"]
             records.append(record)
         except (json.JSONDecodeError, KeyError, TypeError):
-            print(f"warning: {path}: line {number} is broken and left out", flush=True)
+            print(f"warning: {path}: line {i} is broken and left out", flush=True)
     return records
 
 

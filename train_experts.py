@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+from common import natural, number, positive
 
 
 def parse_args(argv=None):
@@ -35,31 +36,23 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data and files")
     data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
     data.add_argument("--data_dir", default="data", help="of downloads; DIR of a plain --dataset imagefolder")
-    data.add_argument(
-        "--image_size", type=common.at_least(1), help="pixels (default: the data set's, imagefolder 32)"
-    )
-    data.add_argument(
-        "--limit", type=common.at_least(1), help="use only so many training and test images, evenly spaced"
-    )
+    data.add_argument("--image_size", type=positive, help="pixels (default: the data set's, imagefolder 32)")
+    data.add_argument("--limit", type=positive, help="use only so many images of each split, evenly spaced")
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     net = parser.add_argument_group("student f_S")
-    net.add_argument("--width", type=common.at_least(1), default=128, help="channels of the ConvNet")
-    net.add_argument(
-        "--depth", type=common.at_least(1), help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)"
-    )
+    net.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
+    net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     kd = parser.add_argument_group("expert trajectories (eq. 7)")
-    kd.add_argument("--num_experts", type=common.at_least(1), default=100, help="K")
-    kd.add_argument(
-        "--first_expert", type=common.at_least(0), default=0, help="the first's number (to split K up)"
-    )
-    kd.add_argument("--epochs", type=common.at_least(1), default=3, help="E, at least T+ - 1 + M (paper: 20)")
-    kd.add_argument("--batch_size", type=common.at_least(1), default=256)
-    kd.add_argument("--lr", type=common.at_least(0, float), default=0.1, help="of SGD, constant")
-    kd.add_argument("--momentum", type=common.at_least(0, float), default=0.9)
-    kd.add_argument("--weight_decay", type=common.at_least(0, float), default=1e-4)
-    parser.add_argument("--seed", type=common.at_least(0), default=0, help="expert k is seeded by seed + k")
+    kd.add_argument("--num_experts", type=positive, default=100, help="K")
+    kd.add_argument("--first_expert", type=natural, default=0, help="the first's number (to split K up)")
+    kd.add_argument("--epochs", type=positive, default=3, help="E, at least T+ - 1 + M (paper: 20)")
+    kd.add_argument("--batch_size", type=positive, default=256)
+    kd.add_argument("--lr", type=number, default=0.1, help="of SGD, constant")
+    kd.add_argument("--momentum", type=number, default=0.9)
+    kd.add_argument("--weight_decay", type=number, default=1e-4)
+    parser.add_argument("--seed", type=natural, default=0, help="expert k is seeded by seed + k")
     parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
-    parser.add_argument("--threads", type=common.at_least(1), help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
     return args

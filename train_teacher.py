@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 
 import common
+from common import natural, number, positive
 
 # Barlow Twins: paper, appendix A.1, epochs and warm-up from the recipe that it names (mix-bt, without its
 # mixed samples). SimCLR: appendix A.1.
@@ -39,50 +40,26 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data and files")
     data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
     data.add_argument("--data_dir", default="data", help="of downloads; DIR of a plain --dataset imagefolder")
-    data.add_argument(
-        "--image_size", type=common.at_least(1), help="pixels (default: the data set's, imagefolder 32)"
-    )
-    data.add_argument(
-        "--limit", type=common.at_least(1), help="use only so many training and test images, evenly spaced"
-    )
+    data.add_argument("--image_size", type=positive, help="pixels (default: the data set's, imagefolder 32)")
+    data.add_argument("--limit", type=positive, help="use only so many images of each split, evenly spaced")
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     ssl = parser.add_argument_group("self-supervised learning (L_SSL, eq. 6)")
     ssl.add_argument("--ssl", choices=RECIPES, default="barlow_twins")
-    ssl.add_argument("--epochs", type=common.at_least(0), help="default: 1000, simclr 400")
-    ssl.add_argument("--batch_size", type=common.at_least(1), help="default: 256, simclr 512")
-    ssl.add_argument(
-        "--lr",
-        type=common.at_least(0, float),
-        help="of Adam, cosine to a thousandth (default: 0.01, simclr 0.001)",
-    )
-    ssl.add_argument(
-        "--warmup_epochs", type=common.at_least(0), default=10, help="of linear growth of the lr"
-    )
-    ssl.add_argument("--weight_decay", type=common.at_least(0, float), default=1e-6)
-    ssl.add_argument(
-        "--bt_lambda",
-        type=common.at_least(0, float),
-        default=8 / 1024,
-        help="lambda, eq. 1 (tinyimagenet: 1/1024)",
-    )
-    ssl.add_argument(
-        "--projection_dim", type=common.at_least(1), default=1024, help="d of eq. 1, output of the projector"
-    )
-    ssl.add_argument("--temperature", type=common.at_least(0, float), default=0.5, help="of SimCLR")
-    ssl.add_argument(
-        "--min_crop",
-        type=common.at_least(0, float),
-        default=0.08,
-        help="smallest random crop, share of the area",
-    )
+    ssl.add_argument("--epochs", type=natural, help="default: 1000, simclr 400")
+    ssl.add_argument("--batch_size", type=positive, help="default: 256, simclr 512")
+    ssl.add_argument("--lr", type=number, help="of Adam, cosine decay (default: 0.01, simclr 0.001)")
+    ssl.add_argument("--warmup_epochs", type=natural, default=10, help="of linear growth of the lr")
+    ssl.add_argument("--weight_decay", type=number, default=1e-6)
+    ssl.add_argument("--bt_lambda", type=number, default=8 / 1024, help="lambda (tinyimagenet: 1/1024)")
+    ssl.add_argument("--projection_dim", type=positive, default=1024, help="d, the projector's output")
+    ssl.add_argument("--temperature", type=number, default=0.5, help="of SimCLR")
+    ssl.add_argument("--min_crop", type=number, default=0.08, help="smallest random crop, share of the area")
     net = parser.add_argument_group("teacher f_T")
-    net.add_argument(
-        "--width", type=common.at_least(1), default=64, help="of ResNet-18's first stage; D = 8 width"
-    )
+    net.add_argument("--width", type=positive, default=64, help="of ResNet-18's first stage; D = 8 width")
     net.add_argument("--init_from", help="state dict of a ResNet-18 with a 3x3 stem, or a teacher.pt")
-    parser.add_argument("--seed", type=common.at_least(0), default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
-    parser.add_argument("--threads", type=common.at_least(1), help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     for name, value in RECIPES[args.ssl].items():
         if getattr(args, name) is None:
