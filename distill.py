@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+from sklearn.cluster import KMeans
 
 import common
 from common import natural, number, positive
@@ -45,7 +46,9 @@ def parse_args(argv=None):
     net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     syn = parser.add_argument_group("synthetic set D_syn, Z_syn")
     syn.add_argument("--fraction", type=number, default=0.02, help="|D_syn| / |D_real|")
-    syn.add_argument("--init", choices=["high_loss", "random"], default="high_loss", help="of D_syn")
+    syn.add_argument("--init", choices=["high_loss", "random", "sas"], default="high_loss", help="of D_syn")
+    syn.add_argument("--num_latent_classes", type=positive, help="SAS: of k-means (default: the data set's)")
+    syn.add_argument("--latent_classes", metavar="FILE", help="SAS: .pt with {latent_classes (N,) int64}")
     syn.add_argument("--lr_init", type=number, default=0.1, help="start of alpha_syn; lr of a plain subset")
     syn.add_argument("--lr_from", metavar="NAME", help="take it from OUT/sets/NAME.pt instead")
     match = parser.add_argument_group("trajectory matching (eq. 4 and 8)")
@@ -167,6 +170,61 @@ def high_loss_indices(example_losses, size):
     return example_losses.mean(0).topk(size).indices
 
 
+def greedy_gains(features, size):
+    """The `size` first images of SAS in one latent class, (size,), by greedy maximisation; features (n, D).
+
+    Joshi & Mirzasoleiman, ICML 2023: with A_ij the cosine similarity of images i and j, or 0 if that is
+    negative, the gain of adding i to S is sum_j A_ij - sum_{j in S} A_ij: near to much, but not to what is in S.
+    One pick lowers all gains by one column of A, so the gains are kept up to date, and A is never stored.
+    """
+    x = F.normalize(features, dim=1)
+    gains = torch.cat([(block @ x.T).clamp(min=0).sum(1) for block in x.split(1000)])  # (n,)
+    chosen = []
+    for _ in range(size):
+        chosen.append(gains.argmax().item())
+        gains -= (x @ x[chosen[-1]]).clamp(min=0)
+        gains[chosen[-1]] = -torch.inf
+    return torch.tensor(chosen, dtype=torch.int64)
+
+
+def sas_indices(features, latent_classes, size):
+    """The SAS subset of `size` images, (size,): each latent class in proportion to its number of images.
+
+    features: (N, D) of the teacher; latent_classes: (N,) int64.
+    """
+    classes, counts = latent_classes.unique(return_counts=True)
+    exact = counts * size / len(latent_classes)
+    quota = exact.long()
+    quota[(exact - quota).argsort(descending=True, stable=True)[: size - quota.sum()]] += (
+        1  # largest remainders
+    )
+    members = [(latent_classes == c).nonzero().flatten() for c in classes]
+    return torch.cat([m[greedy_gains(features[m], q)] for m, q in zip(members, quota.tolist())])
+
+
+def find_latent_classes(args, features, labels):
+    """SAS's latent classes, (N,) int64: those of the file given, or k-means on the teacher's features (N, D).
+
+    Of the labels, only the number of classes is used, and only if --num_latent_classes is not given.
+    """
+    if args.latent_classes:
+        made_by = "torch.save({'latent_classes': classes}, FILE)"
+        classes = common.load(args.latent_classes, {"latent_classes": None}, made_by)["latent_classes"]
+        if (
+            not isinstance(classes, torch.Tensor)
+            or classes.shape != labels.shape
+            or classes.is_floating_point()
+        ):
+            common.fail(
+                f"--latent_classes {args.latent_classes}: must hold {len(labels)} integers, one an image"
+            )
+        return classes.long()
+    count = args.num_latent_classes or len(labels.unique())
+    if count > len(labels):
+        common.fail(f"--num_latent_classes {count}: there are {len(labels)} images; choose fewer")
+    return torch.from_numpy(KMeans(count, n_init=1, random_state=args.seed).fit_predict(features)).long()
+
+
 def load_experts(folder, num_images, num_parameters, targets_id):
     """All experts of a run: trajectories, K times (E + 1, P), and example losses (K, N).
 
@@ -251,6 +309,8 @@ def main(args):
     generator = torch.Generator().manual_seed(args.seed)
     if args.init == "high_loss":
         indices = high_loss_indices(example_losses, size)
+    elif args.init == "sas":
+        indices = sas_indices(all_targets, find_latent_classes(args, all_targets, train.labels), size)
     else:
         indices = torch.randperm(n, generator=generator)[:size]
     start_images = common.normalise(train.images[indices], *stats).to(args.device)

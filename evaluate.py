@@ -30,6 +30,7 @@ from common import natural, number, positive
 ROWS = {  # names of the table's rows, in its order; other sets follow under their file's name
     "none": "no pre-training",
     "subset_random": "random subset",
+    "subset_sas": "SAS subset",
     "subset_high_loss": "high-loss subset",
     "subset_random_lr_from_mkdt_random": "random subset, lr of MKDT",
     "mkdt_random": "MKDT (random init)",

@@ -86,6 +86,8 @@ for init in random high_loss; do
   run distill.py "${set[@]}" --iters 0 # the plain subset
   run distill.py "${set[@]}"
 done
-run distill.py "${data[@]}" "${student[@]}" --init random --fraction "$fraction" --iters 0 --lr_from mkdt_random
+set=("${data[@]}" "${student[@]}" --fraction "$fraction" --iters 0)
+run distill.py "${set[@]}" --init sas
+run distill.py "${set[@]}" --init random --lr_from mkdt_random
 run evaluate.py "${data[@]}" "${student[@]}" "${evaluate[@]}" \
   --downstream ${DOWNSTREAM:-$downstream} --seeds ${SEEDS:-$seeds}

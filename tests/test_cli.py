@@ -99,6 +99,7 @@ def test_presets_are_the_paper():
             "mkdt_random",
             "subset_high_loss",
             "mkdt_high_loss",
+            "subset_sas",
             "subset_random_lr_from_mkdt_random",
         ]
         for d in calls["distill"][:4]:

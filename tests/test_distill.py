@@ -134,3 +134,33 @@ def test_high_loss_subset():
     losses = torch.tensor([[1.0, 9, 2, 3, 0], [3.0, 1, 2, 5, 0]])  # two experts; means 2 5 2 4 0
     assert distill.high_loss_indices(losses, 2).tolist() == [1, 3]
     assert set(distill.high_loss_indices(losses, 4).tolist()) == {0, 1, 2, 3}
+
+
+# -- SAS ----------------------------------------------------------------------------------------------------
+
+
+def sas_gain(similarity, chosen, i):
+    return similarity[i].sum() - sum(similarity[i, j] for j in chosen)
+
+
+def test_sas_against_brute_force():
+    """Each pick has the largest gain of all, counted from its definition."""
+    for seed in range(5):
+        x = torch.randn(15, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        unit = x / x.norm(dim=1, keepdim=True)
+        similarity = (unit @ unit.T).clamp(min=0)
+        chosen = distill.greedy_gains(x, 15).tolist()
+        assert sorted(chosen) == list(range(15))
+        for step, i in enumerate(chosen):
+            gains = [sas_gain(similarity, chosen[:step], j) for j in chosen[step:]]
+            assert sas_gain(similarity, chosen[:step], i) == pytest.approx(max(gains))
+
+
+def test_sas_quotas():
+    """Classes in proportion, the rest to the largest remainders, exactly the size asked for."""
+    features = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    classes = torch.tensor([7] * 10 + [2] * 6 + [5] * 4)
+    for size, expected in [(10, [5, 3, 2]), (20, [10, 6, 4]), (1, [1, 0, 0]), (3, [1, 1, 1])]:
+        indices = distill.sas_indices(features, classes, size)
+        assert len(indices) == len(set(indices.tolist())) == size
+        assert [(classes[indices] == c).sum().item() for c in (7, 2, 5)] == expected

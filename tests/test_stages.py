@@ -232,6 +232,21 @@ def test_subset_with_the_learnt_lr(copy, stage):
     assert torch.equal(contents["images"], read(copy / "sets/subset_random.pt")["images"])
 
 
+def test_sas_subset(copy, stage, capsys):
+    run = [*DISTILL, "--out_dir", copy, "--init", "sas", "--iters", "0"]
+    stage("distill", run)
+    assert len(set(read(copy / "sets/subset_sas.pt")["indices"].tolist())) == S
+    classes = torch.arange(N) % 3
+    given = [*run, "--latent_classes", copy / "classes.pt"]
+    torch.save({"latent_classes": classes}, copy / "classes.pt")
+    stage("distill", [*given, "--name", "given"])
+    assert classes[read(copy / "sets/given.pt")["indices"]].bincount().tolist() == [5, 5, 5]
+    torch.save({"latent_classes": classes[1:]}, copy / "classes.pt")
+    refuses(capsys, lambda: stage("distill", [*given, "--name", "x"]), "classes.pt", "150")
+    many = [*run, "--num_latent_classes", "151", "--name", "x"]
+    refuses(capsys, lambda: stage("distill", many), "--num_latent_classes 151", "150")
+
+
 def test_lr_stays_positive(copy, stage):
     stage(
         "distill",
