@@ -174,7 +174,7 @@ def greedy_gains(features, size):
     """The `size` first images of SAS in one latent class, (size,), by greedy maximisation; features (n, D).
 
     Joshi & Mirzasoleiman, ICML 2023: with A_ij the cosine similarity of images i and j, or 0 if that is
-    negative, the gain of adding i to S is sum_j A_ij - sum_{j in S} A_ij: near to much, but not to what is in S.
+    negative, the gain of adding i to S is sum_j A_ij - sum_{j in S} A_ij: near to much, not to what is in S.
     One pick lowers all gains by one column of A, so the gains are kept up to date, and A is never stored.
     """
     x = F.normalize(features, dim=1)
