@@ -180,22 +180,37 @@ def read_results(path):
 
 
 def make_table(cells, sets, downstream, fractions, seeds):
-    """Markdown: a row a set, a column a downstream set and fraction; mean ± std, the std with divisor n - 1.
+    """Markdown, a row a set, a column a data set and fraction: mean ± std (divisor n - 1) over the seeds.
 
+    Below it, each set's difference to the random subset, paired by seed, mean ± standard error: both see the
+    same labelled images, whose draw makes most of the std.
     cells: {(set, downstream, fraction, seed): accuracy in percent}.
     """
     columns = [(d, f) for d in downstream for f in fractions]
     titles = [f"{common.run_name(d)}, {100 * f:g} % labels" for d, f in columns]
-    lines = ["| pre-training set | " + " | ".join(titles) + " |"]
-    lines += ["|---|" + "---|" * len(columns)]
-    for name in sets:
-        row = []
-        for d, f in columns:
-            values = torch.tensor([cells[name, d, f, seed] for seed in seeds])
-            std = f" ± {values.std().item():.2f}" if len(seeds) > 1 else ""
-            row.append(f"{values.mean().item():.2f}{std}")
-        lines.append(f"| {ROWS.get(name, name)} | " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+
+    def table(head, rows, cell):
+        lines = [f"| {head} | " + " | ".join(titles) + " |", "|---|" + "---|" * len(columns)]
+        for name in rows:
+            lines.append(f"| {ROWS.get(name, name)} | " + " | ".join(cell(name, *c) for c in columns) + " |")
+        return "\n".join(lines) + "\n"
+
+    def values(name, d, f):
+        return torch.tensor([cells[name, d, f, seed] for seed in seeds])
+
+    def accuracy(name, d, f):
+        v = values(name, d, f)
+        return f"{v.mean():.2f} ± {v.std():.2f}" if len(v) > 1 else f"{v.mean():.2f}"
+
+    def difference(name, d, f):
+        v = values(name, d, f) - values("subset_random", d, f)
+        return f"{v.mean():+.2f} ± {v.std() / len(v) ** 0.5:.2f}" if len(v) > 1 else f"{v.mean():+.2f}"
+
+    tables = table("pre-training set", sets, accuracy)
+    if "subset_random" in sets:
+        others = [name for name in sets if name != "subset_random"]
+        tables += "\n" + table("difference to random subset", others, difference)
+    return tables
 
 
 def main(args):
@@ -281,7 +296,8 @@ def main(args):
     table = make_table(cells, list(sets), list(downstream), args.fractions, args.seeds)
     caption = (
         f"Linear-probe accuracy in % on the {args.split} split, mean ± std (divisor n - 1) over n = "
-        f"{len(args.seeds)} seeds; pre-training on {common.run_name(args.dataset)} for {args.epochs} epochs."
+        f"{len(args.seeds)} seeds; differences are paired by seed, ± standard error. Pre-training on "
+        f"{common.run_name(args.dataset)} for {args.epochs} epochs."
     )
     (args.out_dir / "results.md").write_text(f"{table}\n{caption}\n")
     print(f"\n{table}\n{caption}\nwrote {args.out_dir / 'results.md'} and results.jsonl")

@@ -125,8 +125,8 @@ def test_results(run_dir):
     }
     assert len(records) == 24 and all(0 <= r["accuracy"] <= 100 for r in records)
     table = (run_dir / "results.md").read_text()
-    rows = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if line.startswith("|")][2:]
-    assert rows == [
+    rows = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if line.startswith("| ")]
+    names = [
         "no pre-training",
         "random subset",
         "high-loss subset",
@@ -134,8 +134,15 @@ def test_results(run_dir):
         "MKDT",
         "full data",
     ]
+    others = [name for name in names if name != "random subset"]
+    assert rows == ["pre-training set", *names, "difference to random subset", *others]
     values = torch.tensor([r["accuracy"] for r in records if r["set"] == "none" and r["fraction"] == 0.2])
     assert f"| no pre-training | {values.mean():.2f} ± {values.std():.2f} |" in table
+    base = torch.tensor(
+        [r["accuracy"] for r in records if r["set"] == "subset_random" and r["fraction"] == 0.2]
+    )
+    d = values - base
+    assert f"| no pre-training | {d.mean():+.2f} ± {d.std() / 2**0.5:.2f} |" in table
 
 
 def test_logs(run_dir):
