@@ -22,6 +22,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import common
@@ -51,8 +52,12 @@ def parse_args(argv=None):
     data.add_argument("--limit", type=positive, help="use only so many images of each split, evenly spaced")
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     data.add_argument("--sets", nargs="+", help="of OUT/sets, none, full (default: none, all, full)")
-    net = parser.add_argument_group("student f_S, as in train_experts.py")
-    net.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
+    net = parser.add_argument_group("encoder f_S, as in train_experts.py, or a larger one (Table 5)")
+    net.add_argument("--arch", choices=["convnet", "resnet10", "resnet18"], default="convnet")
+    net.add_argument(
+        "--norm", choices=["batch", "instance"], default="batch", help="of a ResNet (paper: batch)"
+    )
+    net.add_argument("--width", type=positive, help="channels (default: 128; of a ResNet's first stage 64)")
     net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     pre = parser.add_argument_group("pre-training (eq. 9)")
     pre.add_argument("--epochs", type=natural, default=20)
@@ -64,6 +69,9 @@ def parse_args(argv=None):
     probe.add_argument("--downstream", nargs="+", help="D_d, its data sets (default: --dataset)")
     probe.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.05], help="labelled part")
     probe.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="of weights and labels")
+    probe.add_argument(
+        "--label_draw", choices=["uniform", "balanced"], default="uniform", help="paper: uniform"
+    )
     val = "val: on every fifth training image, whose labels are held out; to choose options by"
     probe.add_argument("--split", choices=["test", "val"], default="test", help=val)
     parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
@@ -71,7 +79,18 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
     args.downstream = args.downstream or [args.dataset]
+    args.width = args.width or (128 if args.arch == "convnet" else 64)
     return args
+
+
+def make_encoder(args, out_dim, image_size, channels):
+    """A fresh encoder with features(x) and a head to out_dim."""
+    if args.arch == "convnet":
+        depth = args.depth or common.default_depth(image_size)
+        return common.ConvNet(out_dim, image_size, channels, args.width, depth)
+    blocks = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}[args.arch]
+    norm_layer = nn.BatchNorm2d if args.norm == "batch" else lambda width: nn.GroupNorm(width, width)
+    return common.ResNet(blocks, out_dim, channels, args.width, norm_layer)
 
 
 def pretrain(net, images, targets, stats, lr, args, seed):
@@ -79,6 +98,7 @@ def pretrain(net, images, targets, stats, lr, args, seed):
 
     images (S, C, H, W) are normalised floats, or uint8 to be normalised with stats, the mean and std.
     """
+    net.train()
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(net.parameters(), lr, args.momentum, weight_decay=args.weight_decay)
     for _ in range(args.epochs):
@@ -93,16 +113,26 @@ def pretrain(net, images, targets, stats, lr, args, seed):
     return loss.item()
 
 
-def probe(net, train, test, fractions, seed):
-    """Test accuracy in percent of linear probes on net's features, {fraction of labelled images: accuracy}
-    (eq. 3).
+def label_order(labels, label_draw, seed):
+    """An order of the images (N,) by the seed: the first n are the labelled ones, whatever n is.
 
-    The labelled images are drawn uniformly by the seed, not balanced (as the authors do); a smaller fraction
-    is part of a larger.
+    "uniform" draws without regard to the labels (N,), as the authors do; "balanced" takes one image of each
+    class in turn, as long as there are any.
     """
-    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))
-    order = order[: int(max(fractions) * len(order))].to(train.labels.device)
-    net.eval()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    if label_draw == "balanced":
+        one_hot = F.one_hot(labels[order])
+        turn = (one_hot.cumsum(0) * one_hot).sum(
+            1
+        )  # 1 for the first image of its class, 2 for the second ...
+        order = order[turn.argsort(stable=True)]
+    return order
+
+
+def probe(net, train, test, fractions, label_draw, seed):
+    """Test accuracy in percent of linear probes on net's features (eq. 3), {labelled fraction: accuracy}."""
+    order = label_order(train.labels, label_draw, seed)[: int(max(fractions) * len(train.labels))]
+    net.eval()  # for both splits; the authors take the training features in train mode
     features = common.encode(net.features, train.images[order], train.mean, train.std)
     test_features = common.encode(net.features, test.images, train.mean, train.std)
     accuracies = {}
@@ -220,7 +250,7 @@ def main(args):
         args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit
     )
     channels, px = train.images.shape[1:3]
-    stats, depth = (train.mean, train.std), args.depth or common.default_depth(px)
+    stats = (train.mean, train.std)
 
     # What is compared: name -> (images, targets, lr), or None for a student that is not pre-trained.
     names = args.sets or ["none", *(path.stem for path in (args.out_dir / "sets").glob("*.pt")), "full"]
@@ -242,11 +272,9 @@ def main(args):
 
     # An accuracy is known if results.jsonl has it for just these options and the very same set.
     results = args.out_dir / "results.jsonl"
-    wanted = ("image_size", "limit", "width", "epochs", "batch_size", "momentum", "weight_decay", "split")
-    options = {name: getattr(args, name) for name in wanted} | {
-        "depth": depth,
-        "targets_id": made["targets_id"],
-    }
+    of_cell = ("dataset", "sets", "lr", "downstream", "fractions", "seeds")  # in the record or in set_id
+    options = {name: value for name, value in common.recipe(vars(args)).items() if name not in of_cell}
+    options["targets_id"] = made["targets_id"]
     known = {
         key(record): record["accuracy"] for record in read_results(results) if record["options"] == options
     }
@@ -262,7 +290,7 @@ def main(args):
             ]  # fmt: skip
             if missing:
                 torch.manual_seed(seed)
-                net = common.ConvNet(all_targets.shape[1], px, channels, args.width, depth).to(args.device)
+                net = make_encoder(args, all_targets.shape[1], px, channels).to(args.device)
                 if contents:
                     images, targets, lr = (
                         contents[0].to(args.device),
@@ -275,7 +303,7 @@ def main(args):
                             f"pre-training on {name} diverged (loss {loss}): its lr, {lr:.3g}, is too large"
                         )
             for d in missing:
-                for f, accuracy in probe(net, *downstream[d], args.fractions, seed).items():
+                for f, accuracy in probe(net, *downstream[d], args.fractions, args.label_draw, seed).items():
                     record = {
                         **cell,
                         "downstream": d,

@@ -10,6 +10,7 @@ from conftest import DATA, DISTILL, EVALUATE, EXPERTS, TEACHER
 
 import common
 import distill
+import evaluate
 import train_experts
 
 N, S, D = 150, 15, 32  # real images, images of a set, dimension of the targets
@@ -273,6 +274,43 @@ def test_a_fork_needs_targets_only(copy, stage):
     stage("distill", [*DISTILL, "--out_dir", copy, "--iters", "1"])
     stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "mkdt_high_loss"])
     assert read(copy / "sets/mkdt_high_loss.pt")["targets"].shape == (S, 7)
+
+
+# -- encoders and labels of the evaluation ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [["resnet10"], ["resnet18", "--norm", "instance"]])
+def test_larger_encoders(copy, stage, options):
+    run = [*EVALUATE, "--out_dir", copy, "--width", "4", "--image_size", "8", "--sets", "none", "mkdt_random"]
+    before = (copy / "results.jsonl").read_text()
+    stage("evaluate", [*run, "--arch", *options])
+    records = [json.loads(line) for line in (copy / "results.jsonl").read_text()[len(before) :].splitlines()]
+    assert len(records) == 8 and {r["options"]["arch"] for r in records} == {
+        options[0]
+    }  # nothing of the ConvNet
+
+
+def test_encoders_are_those_asked_for():
+    for options, parameters in [([], 1_348_608), (["--arch", "resnet10"], 4_898_112 + 512 * 513)]:
+        args = evaluate.parse_args(options)
+        net = evaluate.make_encoder(args, 512, 32, 3)
+        assert sum(p.numel() for p in net.parameters()) == parameters
+    instance = evaluate.make_encoder(
+        evaluate.parse_args(["--arch", "resnet18", "--norm", "instance"]), 512, 32, 3
+    )
+    assert not list(instance.buffers())
+
+
+def test_balanced_labels():
+    labels = torch.tensor([0] * 50 + [1] * 6 + [2] * 2)
+    order = evaluate.label_order(labels, "balanced", seed=0)
+    assert sorted(order.tolist()) == list(range(58))
+    assert labels[order[:3]].sort().values.tolist() == [0, 1, 2]
+    assert labels[order[:6]].bincount().tolist() == [2, 2, 2]
+    assert labels[order[:10]].bincount().tolist() == [4, 4, 2]  # class 2 has no more
+    uniform = evaluate.label_order(labels, "uniform", seed=0)
+    assert sorted(uniform.tolist()) == list(range(58)) and not torch.equal(order, uniform)
+    assert not torch.equal(order, evaluate.label_order(labels, "balanced", seed=1))
 
 
 # -- the teacher ---------------------------------------------------------------------------------------------
