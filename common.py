@@ -17,7 +17,6 @@ import math
 import os
 import shlex
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -112,22 +111,41 @@ class ImageSet(NamedTuple):
     std: torch.Tensor  # (C,)
 
 
-def at_least(low, kind=int):
-    """The type of a numeric option: a finite number of this kind, not below low."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """--help with the docstring as it is and the default after each option that has one."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, argparse.SUPPRESS) or "default" in action.help:
+            return action.help
+        return action.help + " (default: %(default)s)"
+
+
+def at_least(low, kind=int, high=2**31 - 1):
+    """The type of a numeric option: a number of this kind from low to high."""
 
     def parse(text):
         try:
             number = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
-        if not (math.isfinite(number) and number >= low):
-            raise argparse.ArgumentTypeError(f"{text} is not allowed; choose {low} or more")
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not allowed; choose {low} or more, at most {high}")
         return number
 
     return parse
 
 
-positive, natural, number = at_least(1), at_least(0), at_least(0, float)
+positive, natural, number = at_least(1), at_least(0), at_least(0, float, 1e30)
+
+
+def device(text):
+    """The type of --device: the name of one that works here."""
+    try:
+        torch.zeros(1, device=text).item()
+    except Exception as error:  # torch raises many kinds
+        reason = str(error).strip().splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} does not work here ({reason}); choose cpu") from None
+    return text
 
 
 def parse_dataset(name, data_dir):
@@ -161,7 +179,11 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
         keep = [i * len(samples) // limit for i in range(limit)]
 
     def decode(i):
-        image, label = samples[i]
+        try:
+            image, label = samples[i]
+        except Exception as error:  # PIL raises many kinds
+            where = samples.paths[i] if isinstance(samples, _Files) else f"image {i} of {name}"
+            raise ValueError(f"{where}: cannot be read as an image ({error})") from None
         if image.size != (size, size):
             image = TF.resize(image, [size, size], interpolation=InterpolationMode.LANCZOS)
         return TF.pil_to_tensor(image), label
@@ -170,8 +192,12 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
     images = torch.empty(len(keep), channels, size, size, dtype=torch.uint8)
     labels = torch.empty(len(keep), dtype=torch.int64)
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
-        for i, (image, label) in enumerate(pool.map(decode, keep)):
-            images[i], labels[i] = image, label
+        try:
+            for i, (image, label) in enumerate(pool.map(decode, keep)):
+                images[i], labels[i] = image, label
+        except ValueError as error:
+            pool.shutdown(cancel_futures=True)
+            fail(f"{error}; replace it or take it away")
     mean, std = DATASETS[key].mean, DATASETS[key].std
     if mean is None:
         # From the counts of the 256 values, so that no float copy of the images is made.
@@ -201,7 +227,7 @@ def images_id(images):
 
 
 def denormalise(images, mean, std):
-    """The inverse of normalise, cut to [0, 1]: for looking at images, and for drawing views of them."""
+    """The inverse of normalise, cut to [0, 1]: for looking at images."""
     return (images * std.view(-1, 1, 1).to(images.device) + mean.view(-1, 1, 1).to(images.device)).clamp(0, 1)
 
 
@@ -215,10 +241,7 @@ class _Files:
         return len(self.paths)
 
     def __getitem__(self, i):
-        try:
-            return torchvision.datasets.folder.pil_loader(self.paths[i]), self.labels[i]
-        except (OSError, SyntaxError) as error:  # PIL raises SyntaxError on some broken files
-            fail(f"{self.paths[i]}: cannot be read as an image ({error}); replace it or take it away")
+        return torchvision.datasets.folder.pil_loader(self.paths[i]), self.labels[i]
 
 
 def _open_dataset(key, split, folder):
@@ -359,10 +382,8 @@ class ConvNet(nn.Module):
 
     def __init__(self, out_dim, image_size=32, channels=3, width=128, depth=3):
         super().__init__()
-        if image_size < 2**depth:
-            fail(
-                f"--depth {depth} needs images of at least {2**depth} px, not {image_size}; choose a smaller"
-            )
+        if depth > math.log2(image_size):
+            fail(f"--depth {depth} halves images of {image_size} px to nothing; choose a smaller one")
         blocks = []
         for i in range(depth):
             blocks += [
@@ -637,21 +658,22 @@ def save(path, contents):
     """Write a dict of tensors and plain Python to path, whole or not at all; adds the torch version."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         torch.save({**contents, "torch_version": str(torch.__version__)}, temporary)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    except RuntimeError as error:  # how torch says that the disk is full
+        fail(f"{path}: cannot be written ({str(error).splitlines()[0]}); is the disk full?")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path, keys, made_by, mmap=False):
     """Read what save wrote, with weights_only=True: a file cannot run code. Exits if it is not such a file.
 
     Args:
-        keys: what it must have, {key: dimensions of the tensor of floats, or None for anything}.
+        keys: what it must have, {key: kind}; kind is the number of dimensions of a float32 tensor, float for
+            a number above 0, or None for anything.
         made_by: the command to name when the file is missing or of another kind.
         mmap: leave the tensors on disk until they are read.
     """
@@ -662,15 +684,22 @@ def load(path, keys, made_by, mmap=False):
         fail(f"{path}: not found; make it with {made_by}")
     except Exception as error:  # torch raises many kinds for a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-        fail(f"{path}: cannot be read ({reason}); {again}")
-    for key, dimensions in keys.items():
-        if not isinstance(contents, dict) or key not in contents:
+        fail(f"{path}: is not a .pt file that can be read ({reason}); {again}")
+    options = contents.get("options", {}) if isinstance(contents, dict) else None
+    if not isinstance(options, dict) or not all(isinstance(made, dict) for made in options.values()):
+        fail(f"{path}: is another kind of file; {again}")
+    for key, kind in keys.items():
+        if key not in contents:
             fail(f"{path}: has no {key!r}, so it is another kind of file; {again}")
         value = contents[key]
-        if dimensions is not None and not (
-            isinstance(value, torch.Tensor) and value.ndim == dimensions and value.is_floating_point()
-        ):
-            fail(f"{path}: {key!r} is not a tensor of floats with {dimensions} dimensions; {again}")
+        if kind is float:
+            if not isinstance(value, (int, float)) or not 0 < value < 1e30:
+                fail(f"{path}: {key!r} is {value}, not a number above 0; {again}")
+        elif kind is not None:
+            plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
+            if not plain or value.dtype != torch.float32 or value.ndim != kind:
+                fail(f"{path}: {key!r} is not a float32 tensor of {kind} dimensions; {again}")
+            contents[key] = value.detach()
     return contents
 
 
@@ -683,7 +712,7 @@ def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None):
     """
     path = Path(out_dir) / "targets.pt"
     contents = load(path, {"targets": 2}, f"train_teacher.py --dataset {dataset} --out_dir {out_dir}")
-    targets = contents["targets"].float()
+    targets = contents["targets"]
     if not targets.isfinite().all():
         fail(f"{path}: the targets are not all finite; make it again with train_teacher.py")
     train = load_images(dataset, "train", data_dir, image_size, limit)
@@ -702,41 +731,58 @@ def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None):
     return train, targets, made
 
 
-def is_done(path, stage, options, keys):
-    """Whether path is there, made by the same options of the same stage; exits if it was made by others.
+def is_done(path, stage, options, keys, targets_id=None):
+    """Whether path is there, made by these options of the stage from these targets; exits if by others.
 
-    A file that exists is a piece of work done: this is how a stage that is started again goes on where it
-    stopped.
+    A file that exists is a piece of work done: so a stage that is started again goes on where it stopped.
     """
     if not Path(path).exists():
         return False
-    made = load(path, keys, f"{stage}.py", mmap=True).get("options", {}).get(stage, {})
+    contents = load(path, keys, f"{stage}.py", mmap=True)
+    made = contents.get("options", {}).get(stage, {})
     for name, value in options.items():
         if name in made and made[name] != value:
             fail(
                 f"{path}: exists, made with --{name} {made[name]}, now --{name} {value}; move it away, or "
                 "choose another --out_dir"
             )
+    check_targets_id(path, contents, targets_id)
     return True
+
+
+def check_targets_id(path, contents, targets_id):
+    """Exits if a file's contents were made from other targets than the run's; a fork's file may not say."""
+    if contents.get("targets_id", targets_id) != targets_id:
+        fail(f"{path}: was made from other targets than those in targets.pt now; move one of them away")
 
 
 def run_name(dataset):
     """The default folder's name of a run on a data set: "cifar10", or the last part of "imagefolder:DIR"."""
-    return Path(dataset.rpartition(":")[2]).name
+    key, _, folder = dataset.partition(":")
+    return Path(folder).resolve().name if folder else key
 
 
 def recipe(options):
-    """Those of a stage's options that its result depends on; the others may differ from run to run."""
-    free = ("data_dir", "out_dir", "device", "threads", "num_experts", "first_expert")
-    return {name: value for name, value in options.items() if name not in free}
+    """Those of a stage's options that its result depends on; the others may differ from run to run.
+
+    Of "imagefolder:DIR" the folder is left out: images are known by their images_id, wherever they are.
+    """
+    free = ("data_dir", "out_dir", "name", "device", "threads", "num_experts", "first_expert")
+    made = {name: value for name, value in options.items() if name not in free}
+    return {**made, "dataset": made["dataset"].partition(":")[0]}
 
 
 def run(main, args):
     """main(args), for the command line: what the machine refuses ends in one line too."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to stop
     try:
         main(args)
     except torch.OutOfMemoryError as error:
         fail(f"the device is out of memory ({str(error).splitlines()[0]}); choose a smaller batch or --limit")
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        fail("the machine is out of memory; choose a smaller batch, --width or --limit")
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
@@ -763,7 +809,7 @@ class Log:
         )
 
     def write(self, **record):
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, default=str) + "\n")
 
     def say(self, text, last=False):

@@ -5,18 +5,18 @@ set, and should arrive where the expert was after M more epochs on the real data
 (paper, eq. 4) moves the synthetic images and their learning rate.
 
 Reads:  OUT/targets.pt, OUT/experts/*.pt and the data set.
-Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised; targets (S, D) float32; lr: a float;
-                             indices (S,) int64 of the real images that it started from}
+Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,) and std (C,); targets (S, D)
+                             float32; lr: a float; indices (S,) int64 of the real images at the start}
         OUT/sets/NAME.png   some of the images, start above result
 
-    python distill.py                                 # 2 % of CIFAR-10 from the high-loss subset:
-    sets/mkdt_high_loss.pt python distill.py --init random --iters 0         # the plain random subset, a
-    baseline: sets/subset_random.pt python distill.py --init random --iters 0 --lr_from mkdt_high_loss    #
-    the same with the lr that MKDT learnt
+    python distill.py                             # 2 % of CIFAR-10, from the high-loss subset: mkdt_high_loss
+    python distill.py --init random --iters 0     # the random subset itself, a baseline: subset_random
+    python distill.py --init random --iters 0 --lr_from mkdt_high_loss    # with the lr that MKDT learnt
 """
 
 import argparse
 import math
+import re
 import time
 from pathlib import Path
 
@@ -30,9 +30,7 @@ from common import natural, number, positive
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
     parser.error = common.fail
     data = parser.add_argument_group("data and files")
     data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
@@ -62,10 +60,14 @@ def parse_args(argv=None):
     match.add_argument("--lr_lr", type=number, default=1e-4, help="lr of alpha_syn")
     match.add_argument("--lr_targets", type=number, default=0.0, help="lr of Z_syn (authors' code: 1)")
     match.add_argument("--momentum", type=number, default=0.5, help="of the SGD on pixels, lr, Z_syn")
-    parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
+    parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
+    parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
+    for option in ("name", "lr_from"):
+        name = getattr(args, option)
+        if name is not None and (name in ("none", "full") or not re.fullmatch(r"\w[\w.+-]*", name)):
+            common.fail(f"--{option} {name!r}: choose letters, digits, and . + - _ within; not none or full")
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
     if not args.name:
         args.name = f"{'mkdt' if args.iters else 'subset'}_{args.init}"
@@ -225,39 +227,37 @@ def find_latent_classes(args, features, labels):
     return torch.from_numpy(KMeans(count, n_init=1, random_state=args.seed).fit_predict(features)).long()
 
 
-def load_experts(folder, num_images, num_parameters, targets_id):
-    """All experts of a run: trajectories, K times (E + 1, P), and example losses (K, N).
+def load_experts(folder, num_images, num_parameters, made):
+    """All experts of a run: (paths, trajectories K times (E + 1, P), example losses (K, N), options so far).
 
     The trajectories stay on disk until rows of them are read. Exits if a file does not belong to the others,
-    to these targets or to this student.
+    to these targets (made is load_targets') or to this student.
     """
-    paths = sorted(folder.glob("[0-9]*.pt"))
+    paths = sorted(path for path in folder.glob("*.pt") if re.fullmatch(r"\d{4,}", path.stem))
     if not paths:
         common.fail(f"{folder}: has no experts; make them with train_experts.py")
     trajectories, losses, first = [], [], None
     for path in paths:
         expert = common.load(path, {"trajectory": 2, "example_loss": 1}, "train_experts.py", mmap=True)
-        trajectory, loss = expert["trajectory"], expert["example_loss"]
-        options = expert.get("options", {}).get("train_experts")
+        trajectory, loss = expert["trajectory"], expert["example_loss"].clone()
+        options = expert.get("options", {})
         first = first or (trajectory.shape, options)
-        if trajectory.shape[1:] != (num_parameters,):
+        if trajectory.shape[1] != num_parameters:
             common.fail(
-                f"{path}: students have P = {trajectory.shape[-1]} parameters, here P = {num_parameters}; "
+                f"{path}: students have P = {trajectory.shape[1]} parameters, here P = {num_parameters}; "
                 "give the --width, --depth and --image_size of train_experts.py, or make the experts again"
             )
-        if loss.shape != (num_images,) or expert.get("targets_id", targets_id) != targets_id:
-            common.fail(
-                f"{path}: was trained on other targets than {folder.parent / 'targets.pt'}; make it again "
-                "with train_experts.py"
-            )
+        if loss.shape != (num_images,) or not loss.isfinite().all():
+            common.fail(f"{path}: does not hold {num_images} finite example losses; make it again")
+        common.check_targets_id(path, expert, made["targets_id"])
         if (trajectory.shape, options) != first:
             common.fail(
                 f"{path}: was made with other options than {paths[0]}; make them all again with the same, "
                 "or move one kind away"
             )
         trajectories.append(trajectory)
-        losses.append(loss.clone())
-    return trajectories, torch.stack(losses)
+        losses.append(loss)
+    return paths, trajectories, torch.stack(losses), {**made["options"], **first[1]}
 
 
 def save_picture(path, start, result, stats, count=30, columns=10):
@@ -273,14 +273,19 @@ def save_picture(path, start, result, stats, count=30, columns=10):
 def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
-    options = common.recipe(vars(args))
-    path = args.out_dir / "sets" / f"{args.name}.pt"
-    if common.is_done(path, "distill", options, {"images": 4, "targets": 2, "lr": None}):
-        print(f"{path} is there: nothing to do")
-        return
     train, all_targets, made = common.load_targets(
         args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit
     )
+    if args.lr_from:
+        args.lr_init = common.load(args.out_dir / "sets" / f"{args.lr_from}.pt", {"lr": float}, "distill.py")[
+            "lr"
+        ]
+    options = common.recipe(vars(args))
+    path = args.out_dir / "sets" / f"{args.name}.pt"
+    keys = {"images": 4, "targets": 2, "lr": float}
+    if common.is_done(path, "distill", options, keys, made["targets_id"]):
+        print(f"{path} is there: nothing to do")
+        return
     n, channels, px = train.images.shape[:3]
     stats = (train.mean, train.std)
     size = int(args.fraction * n)  # S
@@ -293,19 +298,15 @@ def main(args):
     num_parameters = common.flatten(net).numel()
 
     if args.iters or args.init == "high_loss":
-        trajectories, example_losses = load_experts(
-            args.out_dir / "experts", n, num_parameters, made["targets_id"]
+        paths, trajectories, example_losses, made["options"] = load_experts(
+            args.out_dir / "experts", n, num_parameters, made
         )
         epochs, needed = len(trajectories[0]) - 1, args.max_start_epoch - 1 + args.expert_epochs
-        if args.iters and (args.max_start_epoch < 1 or args.expert_epochs < 1 or epochs < needed):
+        if args.iters and epochs < needed:
             common.fail(
                 f"--max_start_epoch {args.max_start_epoch} and --expert_epochs {args.expert_epochs} read "
-                f"the epochs 0 to {needed} of the experts, which have {epochs}; both must be at least 1"
+                f"the epochs 0 to {needed} of the experts, which have {epochs}; train them for {needed}"
             )
-    if args.lr_from:
-        args.lr_init = common.load(args.out_dir / "sets" / f"{args.lr_from}.pt", {"lr": None}, "distill.py")[
-            "lr"
-        ]
     generator = torch.Generator().manual_seed(args.seed)
     if args.init == "high_loss":
         indices = high_loss_indices(example_losses, size)
@@ -333,6 +334,8 @@ def main(args):
         t = torch.randint(args.max_start_epoch, (), generator=generator).item()
         start = trajectories[k][t].to(args.device)
         goal = trajectories[k][t + args.expert_epochs].to(args.device)
+        if not (start.isfinite().all() and goal.isfinite().all()):
+            common.fail(f"{paths[k]}: its weights are not all finite; make it again with train_experts.py")
         batches = draw_batches(size, args.batch_syn, args.syn_steps, generator)
         theta = student_steps(kd_loss, start, images, targets, lr, batches, args.inner_momentum)
         loss = matching_loss(theta, start, goal)
@@ -342,7 +345,7 @@ def main(args):
         lr.data.clamp_(min=args.lr_init / 1000)  # alpha_syn stays positive
 
         value = loss.item()
-        if not (math.isfinite(value) and images.isfinite().all()):
+        if not (math.isfinite(value) and lr.isfinite() and images.isfinite().all()):
             common.fail(
                 f"the matching loss is {value} in iteration {it} (lr {lr.item():.3g}): choose a smaller "
                 f"--lr_img than {args.lr_img:g}, or a smaller --lr_lr or --lr_init"
@@ -370,6 +373,8 @@ def main(args):
         "targets": targets.detach().cpu(),
         "lr": lr.item(),
         "indices": indices,
+        "mean": train.mean,
+        "std": train.std,
         **made,
         "options": {**made["options"], "distill": options},
     })  # fmt: skip

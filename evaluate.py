@@ -9,16 +9,14 @@ Reads:  OUT/sets/*.pt, OUT/targets.pt (for "full") and the data sets.
 Writes: OUT/results.jsonl   one record an accuracy; a stage that is started again only adds what is missing
         OUT/results.md      the table, mean and standard deviation over the seeds
 
-    python evaluate.py                                             # none, every set in OUT/sets, full; on
-    CIFAR-10 python evaluate.py --downstream cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers
-    # as in Table 1
+    python evaluate.py         # none, every set in OUT/sets, full; probed on CIFAR-10. As in Table 1:
+    python evaluate.py --downstream cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers
 
 The set "none" is the student's random initialisation, "full" the real images with the teacher's targets.
 """
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -39,11 +37,11 @@ ROWS = {  # names of the table's rows, in its order; other sets follow under the
     "full": "full data",
 }
 
+SEEDS = 1_000_000  # encoder seeds start here, far from those of the experts
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
     parser.error = common.fail
     data = parser.add_argument_group("data and files")
     data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
@@ -53,18 +51,18 @@ def parse_args(argv=None):
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     data.add_argument("--sets", nargs="+", help="of OUT/sets, none, full (default: none, all, full)")
     net = parser.add_argument_group("encoder f_S, as in train_experts.py, or a larger one (Table 5)")
-    net.add_argument("--arch", choices=["convnet", "resnet10", "resnet18"], default="convnet")
+    net.add_argument("--arch", choices=["convnet", "resnet10", "resnet18"], default="convnet", help="network")
     net.add_argument(
         "--norm", choices=["batch", "instance"], default="batch", help="of a ResNet (paper: batch)"
     )
     net.add_argument("--width", type=positive, help="channels (default: 128; of a ResNet's first stage 64)")
     net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     pre = parser.add_argument_group("pre-training (eq. 9)")
-    pre.add_argument("--epochs", type=natural, default=20)
-    pre.add_argument("--batch_size", type=positive, default=256)
+    pre.add_argument("--epochs", type=positive, default=20, help="over the set")
+    pre.add_argument("--batch_size", type=positive, default=256, help="images a step")
     pre.add_argument("--lr", type=number, default=0.1, help="for full data; a set brings its own, alpha_syn")
-    pre.add_argument("--momentum", type=number, default=0.9)
-    pre.add_argument("--weight_decay", type=number, default=1e-4)
+    pre.add_argument("--momentum", type=number, default=0.9, help="of SGD")
+    pre.add_argument("--weight_decay", type=number, default=1e-4, help="of SGD")
     probe = parser.add_argument_group("linear probe (eq. 3)")
     probe.add_argument("--downstream", nargs="+", help="D_d, its data sets (default: --dataset)")
     probe.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.05], help="labelled part")
@@ -74,11 +72,13 @@ def parse_args(argv=None):
     )
     val = "val: on every fifth training image, whose labels are held out; to choose options by"
     probe.add_argument("--split", choices=["test", "val"], default="test", help=val)
-    parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
+    parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
     args.downstream = args.downstream or [args.dataset]
+    for option in ("downstream", "fractions", "seeds"):  # each once, or the table would count it twice
+        setattr(args, option, list(dict.fromkeys(getattr(args, option))))
     args.width = args.width or (128 if args.arch == "convnet" else 64)
     return args
 
@@ -94,7 +94,7 @@ def make_encoder(args, out_dim, image_size, channels):
 
 
 def pretrain(net, images, targets, stats, lr, args, seed):
-    """Train net in place on (images, targets) by SGD on the MSE (eq. 9); returns the last batch's loss.
+    """Train net in place on (images, targets) by SGD on the MSE (eq. 9).
 
     images (S, C, H, W) are normalised floats, or uint8 to be normalised with stats, the mean and std.
     """
@@ -110,7 +110,6 @@ def pretrain(net, images, targets, stats, lr, args, seed):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return loss.item()
 
 
 def label_order(labels, label_draw, seed):
@@ -144,23 +143,24 @@ def probe(net, train, test, fractions, label_draw, seed):
     return accuracies
 
 
-def load_set(path, channels, image_size, out_dim):
-    """A set's (images, targets, lr); exits if it does not fit the student."""
-    contents = common.load(path, {"images": 4, "targets": 2, "lr": None}, "distill.py")
-    images, targets, lr = contents["images"], contents["targets"], contents["lr"]
-    if images.shape[1:] != (channels, image_size, image_size) or len(images) != len(targets):
+def load_set(path, channels, image_size, out_dim, targets_id):
+    """A set's (images, targets, lr); exits if it does not fit the student or is of other targets."""
+    contents = common.load(path, {"images": 4, "targets": 2, "lr": float}, "distill.py")
+    images, targets = contents["images"], contents["targets"]
+    shape = (channels, image_size, image_size)
+    if images.shape[1:] != shape or len(images) != len(targets):
         common.fail(
-            f"{path}: has images {tuple(images.shape)} and targets {tuple(targets.shape)}, but the data "
-            "set has images "
-            f"of {channels} x {image_size} x {image_size}; give the --dataset and --image_size it was made "
-            "with"
+            f"{path}: has {tuple(images.shape)} images and {len(targets)} targets, but the data set's images "
+            f"are {shape}; give the --dataset and --image_size that it was made with"
         )
-    if targets.shape[1:] != (out_dim,):
+    if targets.shape[1] != out_dim:
         common.fail(
-            f"{path}: has targets of D = {targets.shape[-1]}, the run's targets.pt D = {out_dim}; make it "
-            "again"
+            f"{path}: has targets of D = {targets.shape[1]}, targets.pt of D = {out_dim}; make it again"
         )
-    return images, targets, float(lr)
+    common.check_targets_id(path, contents, targets_id)
+    if not (images.isfinite().all() and targets.isfinite().all()):
+        common.fail(f"{path}: images and targets are not all finite; make it again with distill.py")
+    return images, targets, contents["lr"]
 
 
 def load_downstream(name, args, channels):
@@ -170,6 +170,8 @@ def load_downstream(name, args, channels):
     n = len(train.images)
     if args.split == "val":
         held_out = torch.arange(n) % 5 == 4
+        if n < 5:
+            common.fail(f"--split val: {name} has {n} training images, and every fifth is held out")
         test = train._replace(images=train.images[held_out], labels=train.labels[held_out])
         train = train._replace(images=train.images[~held_out], labels=train.labels[~held_out])
     else:
@@ -190,21 +192,21 @@ def load_downstream(name, args, channels):
 
 def key(record):
     """What an accuracy in results.jsonl belongs to, besides the options."""
-    return tuple(record[name] for name in ("set", "set_id", "downstream", "fraction", "seed"))
+    return tuple(record[name] for name in ("set", "set_id", "downstream", "data_id", "fraction", "seed"))
 
 
 def read_results(path):
     """The records of results.jsonl; a line that is broken (a run was killed while writing it) is left out."""
-    records, text = [], path.read_text() if path.exists() else ""
+    records, text = [], path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     if text and not text.endswith("\n"):
         with open(path, "a") as file:  # so that the next record starts a line of its own
             file.write("\n")
     for i, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
-            key(record), record["accuracy"], record["options"]
-            records.append(record)
-        except (json.JSONDecodeError, KeyError, TypeError):
+            if hash(key(record)) and 0 <= record["accuracy"] <= 100 and record["options"]:
+                records.append(record)
+        except (ValueError, KeyError, TypeError):
             print(f"warning: {path}: line {i} is broken and left out", flush=True)
     return records
 
@@ -254,10 +256,8 @@ def main(args):
 
     # What is compared: name -> (images, targets, lr), or None for a student that is not pre-trained.
     names = args.sets or ["none", *(path.stem for path in (args.out_dir / "sets").glob("*.pt")), "full"]
-    known = list(ROWS)
-    names = sorted(
-        set(names), key=lambda name: (known.index(name) if name in known else len(known) - 1.5, name)
-    )
+    rows = list(ROWS)  # other sets come before full data
+    names = sorted(set(names), key=lambda name: (rows.index(name) if name in rows else len(rows) - 1.5, name))
     sets = {}
     for name in names:
         if name == "none":
@@ -265,12 +265,18 @@ def main(args):
         elif name == "full":
             sets[name] = (train.images, all_targets, args.lr)
         else:
-            sets[name] = load_set(args.out_dir / "sets" / f"{name}.pt", channels, px, all_targets.shape[1])
+            sets[name] = load_set(
+                args.out_dir / "sets" / f"{name}.pt", channels, px, all_targets.shape[1], made["targets_id"]
+            )
     downstream = {}  # name -> (train ImageSet, test ImageSet)
     for name in args.downstream:
         downstream[name] = load_downstream(name, args, channels)
+    data_id = {
+        name: common.fingerprint(*(tensor for part in parts for tensor in (part.images, part.labels)))
+        for name, parts in downstream.items()
+    }
 
-    # An accuracy is known if results.jsonl has it for just these options and the very same set.
+    # An accuracy is known if results.jsonl has it for these options, this very set and these very images.
     results = args.out_dir / "results.jsonl"
     of_cell = ("dataset", "sets", "lr", "downstream", "fractions", "seeds")  # in the record or in set_id
     options = {name: value for name, value in common.recipe(vars(args)).items() if name not in of_cell}
@@ -283,41 +289,31 @@ def main(args):
     for name, contents in sets.items():
         set_id = common.fingerprint(*contents) if contents else "none"
         for seed in args.seeds:
-            cell = {"set": name, "set_id": set_id, "seed": seed}
-            missing = [
-                d for d in downstream
-                if any(key({**cell, "downstream": d, "fraction": f}) not in known for f in args.fractions)
-            ]  # fmt: skip
+            records = {
+                (d, f): dict(set=name, set_id=set_id, downstream=d, data_id=data_id[d], fraction=f, seed=seed)
+                for d in downstream
+                for f in args.fractions
+            }
+            missing = {d for (d, f), record in records.items() if key(record) not in known}
             if missing:
-                torch.manual_seed(seed)
+                # Not the seeds of the experts, or an encoder would start where an expert did.
+                torch.manual_seed(SEEDS + seed)
                 net = make_encoder(args, all_targets.shape[1], px, channels).to(args.device)
                 if contents:
-                    images, targets, lr = (
-                        contents[0].to(args.device),
-                        contents[1].to(args.device),
-                        contents[2],
-                    )
-                    loss = pretrain(net, images, targets, stats, lr, args, seed)
-                    if not math.isfinite(loss):
-                        common.fail(
-                            f"pre-training on {name} diverged (loss {loss}): its lr, {lr:.3g}, is too large"
-                        )
+                    images, targets = (tensor.to(args.device) for tensor in contents[:2])
+                    pretrain(net, images, targets, stats, contents[2], args, SEEDS + seed)
+                if not all(p.isfinite().all() for p in net.parameters()):
+                    common.fail(f"pre-training on {name} diverged: its lr, {contents[2]:.3g}, is too large")
             for d in missing:
                 for f, accuracy in probe(net, *downstream[d], args.fractions, args.label_draw, seed).items():
-                    record = {
-                        **cell,
-                        "downstream": d,
-                        "fraction": f,
-                        "accuracy": accuracy,
-                        "options": options,
-                    }
+                    record = records[d, f]
                     if key(record) not in known:
                         known[key(record)] = accuracy
-                        with open(results, "a") as file:
-                            file.write(json.dumps(record) + "\n")
-            for d in downstream:
-                for f in args.fractions:
-                    cells[name, d, f, seed] = known[key({**cell, "downstream": d, "fraction": f})]
+                        line = json.dumps({**record, "accuracy": accuracy, "options": options})
+                        with open(results, "a", encoding="utf-8") as file:
+                            file.write(line + "\n")
+            for (d, f), record in records.items():
+                cells[name, d, f, seed] = known[key(record)]
             done += 1
             log.say(f"encoder {log.progress(done, len(sets) * len(args.seeds))}: {name}, seed {seed}")
 
@@ -327,7 +323,9 @@ def main(args):
         f"{len(args.seeds)} seeds; differences are paired by seed, ± standard error. Pre-training on "
         f"{common.run_name(args.dataset)} for {args.epochs} epochs."
     )
-    (args.out_dir / "results.md").write_text(f"{table}\n{caption}\n")
+    temporary = args.out_dir / "results.md.tmp"
+    temporary.write_text(f"{table}\n{caption}\n", encoding="utf-8")
+    temporary.replace(args.out_dir / "results.md")
     print(f"\n{table}\n{caption}\nwrote {args.out_dir / 'results.md'} and results.jsonl")
 
 

@@ -7,11 +7,12 @@
 #   bash run_all.sh PRESET rehearse       the same stages, shrunk to minutes on a CPU
 #
 # Variables, with their defaults:
-#   FRACTION=0.02       size of the set; 0.05 or more takes the paper's options of its 5 % sets
+#   FRACTION=0.02       size of the set (digits 0.05); from 0.05 on, cifar10 and cifar100 take the paper's 5 % options
 #   SSL=barlow_twins    or simclr (the default of digits)
 #   DOWNSTREAM="..."    data sets of the probe: the paper's seven; digits and imagefolder: themselves
-#   SEEDS="0 1 2"       of the evaluation
+#   SEEDS="0 1 2"       of the evaluation (digits: ten)
 #   IMAGE_SIZE=32       of an imagefolder
+#   TEACHER EXPERTS DISTILL EVALUATE    further options of a stage, for example TEACHER="--batch_size 64"
 #   DATA_DIR=data  OUT=runs/PRESET  PYTHON=python
 #   DRY_RUN=1           print the commands only
 # What is finished is not done again: after an interruption, give the same command once more.
@@ -22,9 +23,10 @@ usage() { echo "error: $1" >&2; exit 2; }
 preset=${1:-digits}
 [ $# -eq 0 ] || shift
 case $preset in
+  -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
   digits | cifar10 | cifar100 | tinyimagenet) dataset=$preset ;;
   imagefolder)
-    [ $# -ge 1 ] || usage "imagefolder needs a folder: bash run_all.sh imagefolder DIR"
+    [ -n "$1" ] || usage "imagefolder needs a folder: bash run_all.sh imagefolder DIR"
     dataset=imagefolder:${1%/}; shift ;;
   *) usage "preset '$preset' is unknown: choose digits, cifar10, cifar100, tinyimagenet, or imagefolder DIR" ;;
 esac
@@ -32,11 +34,11 @@ esac
 rehearse=$1
 
 # The options of each stage. The scripts' defaults are the paper's setting for 2 % of CIFAR-10.
-ssl=barlow_twins threads=() student=() teacher=() experts=() distill=() evaluate=() downstream=$dataset seeds="0 1 2"
-fraction=${FRACTION:-0.02}
+ssl=barlow_twins threads=() student=() teacher=() experts=() distill=() evaluate=() seeds="0 1 2"
+downstream=("$dataset") default_fraction=0.02
 case $preset in
   digits) # chosen on held-out training images (evaluate.py --split val)
-    ssl=simclr fraction=${FRACTION:-0.05} seeds="0 1 2 3 4 5 6 7 8 9"
+    ssl=simclr default_fraction=0.05 seeds="0 1 2 3 4 5 6 7 8 9"
     threads=(--threads 1) # small tensors are fastest so
     student=(--width 16)
     teacher=(--width 16 --epochs 40 --batch_size 128 --lr 0.003 --min_crop 0.4)
@@ -45,8 +47,11 @@ case $preset in
     distill+=(--lr_img 200 --lr_lr 2e-3)
     evaluate=(--batch_size 32 --fractions 0.02 0.1) ;;
   cifar10 | cifar100 | tinyimagenet)
-    downstream="cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers" ;;
+    downstream=(cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers) ;;
 esac
+fraction=${FRACTION:-$default_fraction} seeds=${SEEDS:-$seeds}
+[[ $fraction =~ ^(0?\.[0-9]+|1)$ ]] || usage "FRACTION=$fraction is not understood: give a number above 0, at most 1"
+[[ $seeds =~ ^[0-9\ ]+$ ]] || usage "SEEDS='$seeds' is not understood: give whole numbers with spaces between"
 case $preset in
   tinyimagenet)
     teacher=(--bt_lambda 0.0009765625) distill=(--syn_steps 10 --lr_img 1e5) ;;
@@ -56,16 +61,19 @@ case $preset in
     fi ;;
 esac
 if [ "$rehearse" ]; then # options given twice: the last one counts
-  downstream=$dataset seeds="0 1"
+  downstream=("$dataset") seeds=${SEEDS:-0 1}
   student+=(--limit 500 --width 16)
-  teacher+=(--limit 500 --width 8 --epochs 1 --batch_size 100)
+  teacher+=(--limit 500 --width 8 --epochs 1 --batch_size 32)
   experts+=(--num_experts 2)
   distill+=(--iters 3 --syn_steps 3)
   evaluate+=(--epochs 2 --fractions 0.1 0.5)
 fi
 
+[ -z "$DOWNSTREAM" ] || read -ra downstream <<< "$DOWNSTREAM"
+read -ra seeds <<< "$seeds"
+
 suffix=
-[ "$fraction" = 0.02 ] || [ $preset = digits ] || suffix=_$fraction
+[ "$fraction" = $default_fraction ] || suffix=_$fraction
 out=${OUT:-runs/$(basename "${dataset#*:}")$suffix${rehearse:+_rehearsal}}
 data=(--dataset "$dataset" --data_dir "${DATA_DIR:-data}" --out_dir "$out" "${threads[@]}")
 [ -z "$IMAGE_SIZE" ] || data+=(--image_size "$IMAGE_SIZE")
@@ -75,19 +83,20 @@ run() {
   [ "$DRY_RUN" ] || "${PYTHON:-python}" "$@"
 }
 
-two_percent=${out/$suffix/}
-if [ "$suffix" ] && [ -f "$two_percent/targets.pt" ] && [ ! -e "$out" ] && [ -z "$DRY_RUN" ]; then
-  mkdir -p "$out" && cp "$two_percent"/{teacher,targets}.pt "$out" # sets of all sizes have one teacher
+usual=${out/$suffix/}
+if [ "$suffix" ] && [ -f "$usual/targets.pt" ] && [ ! -e "$out" ] && [ -z "$DRY_RUN" ]; then
+  rm -rf "$out.tmp" && mkdir -p "$out.tmp" # sets of all sizes have one teacher
+  cp "$usual/targets.pt" "$out.tmp" && { [ ! -f "$usual/teacher.pt" ] || cp "$usual/teacher.pt" "$out.tmp"; }
+  mv "$out.tmp" "$out"
 fi
-run train_teacher.py "${data[@]}" --ssl "${SSL:-$ssl}" "${teacher[@]}"
-run train_experts.py "${data[@]}" "${student[@]}" "${experts[@]}"
+run train_teacher.py "${data[@]}" --ssl "${SSL:-$ssl}" "${teacher[@]}" $TEACHER
+run train_experts.py "${data[@]}" "${student[@]}" "${experts[@]}" $EXPERTS
+set=("${data[@]}" "${student[@]}" --fraction "$fraction" "${distill[@]}" $DISTILL)
 for init in random high_loss; do
-  set=("${data[@]}" "${student[@]}" --init $init --fraction "$fraction" "${distill[@]}")
-  run distill.py "${set[@]}" --iters 0 # the plain subset
-  run distill.py "${set[@]}"
+  run distill.py "${set[@]}" --init $init --iters 0 # the plain subset
+  run distill.py "${set[@]}" --init $init
 done
-set=("${data[@]}" "${student[@]}" --fraction "$fraction" --iters 0)
-run distill.py "${set[@]}" --init sas
-run distill.py "${set[@]}" --init random --lr_from mkdt_random
-run evaluate.py "${data[@]}" "${student[@]}" "${evaluate[@]}" \
-  --downstream ${DOWNSTREAM:-$downstream} --seeds ${SEEDS:-$seeds}
+run distill.py "${set[@]}" --init sas --iters 0
+run distill.py "${set[@]}" --init random --iters 0 --lr_from mkdt_random
+run evaluate.py "${data[@]}" "${student[@]}" "${evaluate[@]}" $EVALUATE \
+  --downstream "${downstream[@]}" --seeds "${seeds[@]}"

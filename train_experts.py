@@ -1,13 +1,12 @@
-"""Stage 2: train K students on the teacher's targets and keep their weights after every epoch, the expert
-trajectories.
+"""Stage 2: train K students on the teacher's targets and keep their weights after every epoch: the experts.
 
 Each student starts from its own random weights and minimises the MSE between its output and the targets
 (knowledge distillation, paper eq. 5 and 7) on the real images, without augmentation.
 
 Reads:  OUT/targets.pt and the data set.
-Writes: OUT/experts/0000.pt ...   {trajectory (E + 1, P) float32: weights at the start and after each epoch,
-                                   example_loss (N,) float32: each image's MSE after the first epoch}, one
-                                   file an expert
+Writes: OUT/experts/0000.pt ...   one file an expert,
+            {trajectory (E + 1, P) float32: its weights at the start and after each epoch,
+             example_loss (N,) float32: each image's MSE after the first epoch}
 
     python train_experts.py                                          # K = 100, the paper's CIFAR-10 setting
     python train_experts.py --first_expert 50 --num_experts 50       # the second half, on another machine
@@ -29,9 +28,7 @@ from common import natural, number, positive
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
     parser.error = common.fail
     data = parser.add_argument_group("data and files")
     data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
@@ -46,12 +43,12 @@ def parse_args(argv=None):
     kd.add_argument("--num_experts", type=positive, default=100, help="K")
     kd.add_argument("--first_expert", type=natural, default=0, help="the first's number (to split K up)")
     kd.add_argument("--epochs", type=positive, default=3, help="E, at least T+ - 1 + M (paper: 20)")
-    kd.add_argument("--batch_size", type=positive, default=256)
+    kd.add_argument("--batch_size", type=positive, default=256, help="images a step")
     kd.add_argument("--lr", type=number, default=0.1, help="of SGD, constant")
-    kd.add_argument("--momentum", type=number, default=0.9)
-    kd.add_argument("--weight_decay", type=number, default=1e-4)
+    kd.add_argument("--momentum", type=number, default=0.9, help="of SGD")
+    kd.add_argument("--weight_decay", type=number, default=1e-4, help="of SGD")
     parser.add_argument("--seed", type=natural, default=0, help="expert k is seeded by seed + k")
-    parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
+    parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
@@ -97,7 +94,8 @@ def main(args):
     for i in range(args.num_experts):
         k = args.first_expert + i
         path = args.out_dir / "experts" / f"{k:04d}.pt"
-        if common.is_done(path, "train_experts", options, {"trajectory": 2, "example_loss": 1}):
+        keys = {"trajectory": 2, "example_loss": 1}
+        if common.is_done(path, "train_experts", options, keys, made["targets_id"]):
             continue
         start = time.time()
         torch.manual_seed(args.seed + k)

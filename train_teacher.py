@@ -5,15 +5,16 @@ are only used at the end, by the linear probe that says how good its features ar
 
 Reads:  the data set.
 Writes: OUT/teacher.pt   {encoder: state dict}
-        OUT/targets.pt   {targets (N, D) float32: features before the projector, eval mode, no augmentation,
-        in the
-                          order of the data set; images_id}
+        OUT/targets.pt   {targets (N, D) float32, in the order of the data set; images_id}
+
+The targets are the features before the projector, in eval mode, of images without augmentation.
 
     python train_teacher.py                                      # CIFAR-10, the paper's setting
     python train_teacher.py --init_from resnet18.pt --epochs 0   # targets from your own ResNet-18
 """
 
 import argparse
+import hashlib
 import math
 import time
 from pathlib import Path
@@ -33,9 +34,7 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
     parser.error = common.fail
     data = parser.add_argument_group("data and files")
     data.add_argument("--dataset", default="cifar10", help="D_real: " + common.DATASET_HELP)
@@ -44,12 +43,12 @@ def parse_args(argv=None):
     data.add_argument("--limit", type=positive, help="use only so many images of each split, evenly spaced")
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     ssl = parser.add_argument_group("self-supervised learning (L_SSL, eq. 6)")
-    ssl.add_argument("--ssl", choices=RECIPES, default="barlow_twins")
+    ssl.add_argument("--ssl", choices=RECIPES, default="barlow_twins", help="loss")
     ssl.add_argument("--epochs", type=natural, help="default: 1000, simclr 400")
-    ssl.add_argument("--batch_size", type=positive, help="default: 256, simclr 512")
+    ssl.add_argument("--batch_size", type=common.at_least(2), help="default: 256, simclr 512")
     ssl.add_argument("--lr", type=number, help="of Adam, cosine decay (default: 0.01, simclr 0.001)")
     ssl.add_argument("--warmup_epochs", type=natural, default=10, help="of linear growth of the lr")
-    ssl.add_argument("--weight_decay", type=number, default=1e-6)
+    ssl.add_argument("--weight_decay", type=number, default=1e-6, help="of Adam")
     ssl.add_argument("--bt_lambda", type=number, default=8 / 1024, help="lambda (tinyimagenet: 1/1024)")
     ssl.add_argument("--projection_dim", type=positive, default=1024, help="d, the projector's output")
     ssl.add_argument("--temperature", type=number, default=0.5, help="of SimCLR")
@@ -57,8 +56,8 @@ def parse_args(argv=None):
     net = parser.add_argument_group("teacher f_T")
     net.add_argument("--width", type=positive, default=64, help="of ResNet-18's first stage; D = 8 width")
     net.add_argument("--init_from", help="state dict of a ResNet-18 with a 3x3 stem, or a teacher.pt")
-    parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--device", default=common.best_device(), help="default: the best here, %(default)s")
+    parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
+    parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
     for name, value in RECIPES[args.ssl].items():
@@ -82,14 +81,13 @@ def make_projector(ssl, in_dim, projection_dim):
 
 def load_encoder(encoder, path):
     """Copy a ResNet-18's weights into encoder; a classifier's last layer in the file is left out."""
-    contents = common.load(path, {}, "train_teacher.py, or torch.save of a state dict,")
-    weights = {k: v for k, v in contents.get("encoder", contents).items() if not k.startswith("fc.")}
+    contents = common.load(path, {}, "torch.save(encoder.state_dict(), FILE)")
     try:
-        encoder.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as error:
-        common.fail(
-            f"--init_from {path}: does not fit ResNet-18 of --width {encoder.conv1.out_channels}: {error}"
-        )
+        weights = contents.get("encoder", contents)
+        encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        common.fail(f"{path}: does not fit a ResNet-18 of --width {encoder.conv1.out_channels} ({reason})")
 
 
 def cosine_lr(step, steps, warmup):
@@ -148,6 +146,9 @@ def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     options = common.recipe(vars(args))
+    if args.init_from:  # by its contents: another file of the same name is another teacher
+        common.load(args.init_from, {}, "torch.save(encoder.state_dict(), FILE)")
+        options["init_from"] = hashlib.sha256(Path(args.init_from).read_bytes()).hexdigest()[:16]
     teacher_path, targets_path = args.out_dir / "teacher.pt", args.out_dir / "targets.pt"
     if common.is_done(targets_path, "train_teacher", options, {"targets": 2}):
         print(f"{targets_path} is there: nothing to do")
@@ -173,8 +174,6 @@ def main(args):
         if px >= 64:  # as in Barlow Twins' recipe for large images
             view |= {"blur": 0.5, "solarize": 0.1}
         train(encoder, train_images, stats, view, args, log)
-        weights = {name: value.cpu() for name, value in encoder.state_dict().items()}
-        common.save(teacher_path, {"encoder": weights, **made})
 
     encoder.eval()
     targets = common.encode(encoder, train_images, *stats)  # (N, D)
@@ -182,6 +181,9 @@ def main(args):
         common.fail(
             "the teacher's representations are not finite; choose a smaller --lr, or another --init_from"
         )
+    if not trained:
+        weights = {name: value.cpu() for name, value in encoder.state_dict().items()}
+        common.save(teacher_path, {"encoder": weights, **made})
     common.save(targets_path, {"targets": targets.cpu(), **made})
     print(f"wrote {teacher_path} and {targets_path}: {n} targets of D = {targets.shape[1]}")
     if images.labels.max() > 0 and common.has_test_split(args.dataset, args.data_dir):

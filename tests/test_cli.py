@@ -86,6 +86,23 @@ def test_help_and_wrong_options(name, capsys):
         assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_commands_of_the_docstrings_parse(name):
+    lines = [line.strip() for line in __import__(name).__doc__.splitlines()]
+    commands = [line for line in lines if line.startswith("python ")]
+    assert commands
+    for command in commands:
+        parse(command)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_device_that_is_not_there(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        __import__(name).parse_args(["--device", "banana"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "--device" in message and message.count("\n") == 1
+
+
 def test_presets_are_the_paper():
     for preset, fraction, expected in [
         ("cifar10", "0.02", (40, 2, 2, 1e3)), ("cifar10", "0.05", (40, 2, 5, 1e4)),
@@ -111,8 +128,10 @@ def test_presets_are_the_paper():
 
 
 def test_run_all_refuses():
-    for words in (["mnist"], ["imagefolder"], ["digits", "fast"]):
-        done = run_all(*words)
+    calls = [(["mnist"], {}), (["imagefolder"], {}), (["imagefolder", ""], {}), (["digits", "fast"], {})]
+    calls += [([], {"FRACTION": f}) for f in ("abc", "5%", "0,05", "1/20", "-1")] + [([], {"SEEDS": "0,1"})]
+    for words, variables in calls:
+        done = run_all(*words, **variables)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 

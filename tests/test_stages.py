@@ -97,6 +97,8 @@ def test_set_files(run_dir):
             "targets",
             "lr",
             "indices",
+            "mean",
+            "std",
             "options",
             "images_id",
             "targets_id",
@@ -353,7 +355,15 @@ def test_own_teacher(run_dir, tmp_path, stage, capsys):
         "--out_dir",
         tmp_path / "2",
     ]
-    refuses(capsys, lambda: stage("train_teacher", wide), "--init_from", "--width 8")
+    refuses(capsys, lambda: stage("train_teacher", wide), "own.pt", "--width 8")
+    for wrong in ([1], {1: torch.ones(2)}, {"encoder": 3}, torch.ones(2)):
+        torch.save(wrong, tmp_path / "own.pt")
+        refuses(capsys, lambda: stage("train_teacher", wide), "own.pt")
+    poisoned = {name: value * float("nan") for name, value in weights.items()}
+    torch.save(poisoned, tmp_path / "own.pt")
+    run = [*TEACHER, "--epochs", "0", "--init_from", tmp_path / "own.pt", "--out_dir", tmp_path / "2"]
+    refuses(capsys, lambda: stage("train_teacher", run), "finite")
+    assert not (tmp_path / "2/teacher.pt").exists()
 
 
 # -- files that do not belong together, and options that cannot be -------------------------------------------
@@ -416,15 +426,91 @@ def test_mixed_experts(copy, stage, capsys):
     )
 
 
-def test_experts_of_other_targets(copy, stage, capsys):
+def test_everything_is_of_the_targets_there_now(copy, stage, capsys):
     targets = read(copy / "targets.pt")
     torch.save({**targets, "targets": targets["targets"] + 1}, copy / "targets.pt")
+    out = ["--out_dir", copy]
+    refuses(capsys, lambda: stage("train_experts", [*EXPERTS, *out]), "0000.pt", "other targets")
     refuses(
         capsys,
-        lambda: stage("distill", [*DISTILL, "--out_dir", copy, "--name", "x"]),
-        "0000.pt",
+        lambda: stage("distill", [*DISTILL, *out, "--iters", "1"]),
+        "mkdt_high_loss.pt",
         "other targets",
     )
+    refuses(capsys, lambda: stage("distill", [*DISTILL, *out, "--name", "x"]), "0000.pt", "other targets")
+    refuses(capsys, lambda: stage("evaluate", [*EVALUATE, *out]), "sets/", "other targets")
+
+
+def test_encoders_do_not_start_where_experts_did(run_dir):
+    starts = [read(path)["trajectory"][0] for path in sorted((run_dir / "experts").iterdir())]
+    for seed in range(3):
+        torch.manual_seed(evaluate.SEEDS + seed)
+        args = evaluate.parse_args(["--width", "8"])
+        encoder = common.flatten(evaluate.make_encoder(args, D, 8, 1))
+        assert not any(torch.equal(encoder, start) for start in starts)
+
+
+def test_accuracies_are_of_the_images_there_now(copy, stage, monkeypatch):
+    """Other test images under the same name are measured anew."""
+    load_images = common.load_images
+
+    def darker(name, split, *rest):
+        part = load_images(name, split, *rest)
+        return part._replace(images=part.images // 2) if split == "test" else part
+
+    before = len((copy / "results.jsonl").read_text().splitlines())
+    monkeypatch.setattr(common, "load_images", darker)
+    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "none"])
+    assert len((copy / "results.jsonl").read_text().splitlines()) == before + 4
+
+
+@pytest.mark.parametrize("lr", [0.0, -0.1, float("nan"), float("inf"), "0.1", None, torch.ones(2)])
+def test_lr_of_a_set(copy, stage, capsys, lr):
+    contents = read(copy / "sets/mkdt_random.pt")
+    torch.save({**contents, "lr": lr}, copy / "sets/mkdt_random.pt")
+    run = [*EVALUATE, "--out_dir", copy, "--sets", "mkdt_random"]
+    refuses(capsys, lambda: stage("evaluate", run), "mkdt_random.pt", "'lr'")
+    run = [*DISTILL, "--out_dir", copy, "--iters", "0", "--lr_from", "mkdt_random"]
+    refuses(capsys, lambda: stage("distill", run), "mkdt_random.pt", "'lr'")
+
+
+def test_lr_from_a_set_that_was_made_again(copy, stage, capsys):
+    run = [*DISTILL, "--out_dir", copy, "--init", "random", "--iters", "0", "--lr_from", "mkdt_random"]
+    stage("distill", run)
+    contents = read(copy / "sets/mkdt_random.pt")
+    torch.save({**contents, "lr": 0.7}, copy / "sets/mkdt_random.pt")
+    refuses(capsys, lambda: stage("distill", run), "lr_from_mkdt_random.pt", "--lr_init")
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "none", "full", "", "-x"])
+def test_names_of_sets(name, tmp_path, stage, capsys):
+    refuses(capsys, lambda: stage("distill", [*DISTILL, "--out_dir", tmp_path, f"--name={name}"]), "--name")
+
+
+def test_nan_in_experts(copy, stage, capsys):
+    expert = read(copy / "experts/0001.pt")
+    torch.save({**expert, "example_loss": expert["example_loss"] * float("nan")}, copy / "experts/0001.pt")
+    run = [*DISTILL, "--out_dir", copy, "--name", "x"]
+    refuses(capsys, lambda: stage("distill", run), "0001.pt", "finite")
+    torch.save({**expert, "trajectory": expert["trajectory"] * float("nan")}, copy / "experts/0001.pt")
+    refuses(capsys, lambda: stage("distill", [*run, "--iters", "20"]), "0001.pt", "finite")
+
+
+def test_pretraining_that_diverges(copy, stage, capsys):
+    contents = read(copy / "sets/mkdt_random.pt")
+    torch.save({**contents, "lr": 1e20}, copy / "sets/mkdt_random.pt")
+    run = [*EVALUATE, "--out_dir", copy, "--sets", "mkdt_random"]
+    refuses(capsys, lambda: stage("evaluate", run), "mkdt_random", "lr")
+
+
+def test_files_can_be_read_by_others(run_dir):
+    import os
+    import stat
+
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in run_dir.rglob("*.pt"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
 
 def test_too_few_expert_epochs(copy, stage, capsys):
