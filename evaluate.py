@@ -204,9 +204,12 @@ def read_results(path):
     for i, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
-            if hash(key(record)) and 0 <= record["accuracy"] <= 100 and record["options"]:
-                records.append(record)
+            usable = hash(key(record)) and record["options"] and 0 <= record["accuracy"] <= 100
         except (ValueError, KeyError, TypeError):
+            usable = False
+        if usable:
+            records.append(record)
+        else:
             print(f"warning: {path}: line {i} is broken and left out", flush=True)
     return records
 
@@ -294,7 +297,7 @@ def main(args):
                 for d in downstream
                 for f in args.fractions
             }
-            missing = {d for (d, f), record in records.items() if key(record) not in known}
+            missing = [d for d in downstream if any(key(records[d, f]) not in known for f in args.fractions)]
             if missing:
                 # Not the seeds of the experts, or an encoder would start where an expert did.
                 torch.manual_seed(SEEDS + seed)

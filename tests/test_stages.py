@@ -207,6 +207,18 @@ def test_a_broken_result_is_measured_again(copy, stage):
     assert sorted(path.read_text().splitlines()[-1:]) == sorted(text.splitlines()[-1:])
 
 
+def test_broken_records_are_left_out_with_a_warning(copy, stage, capsys):
+    path = copy / "results.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    wrong = [{**first, "accuracy": a} for a in ("x", None, [1], 1e9)] + [{**first, "set": [1]}, {}, 3]
+    with open(path, "ab") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in wrong).encode() + b"\xff\xfe\n")
+    table = (copy / "results.md").read_text()
+    stage("evaluate", [*EVALUATE, "--out_dir", copy])
+    assert capsys.readouterr().out.count("is broken and left out") == 8
+    assert (copy / "results.md").read_text() == table
+
+
 def test_a_set_made_again_is_measured_again(copy, stage):
     path = copy / "sets/mkdt_random.pt"
     contents = read(path)
