@@ -37,6 +37,10 @@ ROWS = {  # names of the table's rows, in its order; other sets follow under the
     "full": "full data",
 }
 
+SSL = {  # SSL objectives of the encoder's outputs for two views; weights as in train_teacher.py
+    "barlow_twins": lambda z1, z2: common.barlow_twins_loss(z1, z2, off_diagonal=8 / 1024),
+    "simclr": lambda z1, z2: common.simclr_loss(z1, z2, temperature=0.5),
+}
 SEEDS = 1_000_000  # encoder seeds start here, far from those of the experts
 
 
@@ -58,11 +62,14 @@ def parse_args(argv=None):
     net.add_argument("--width", type=positive, help="channels (default: 128; of a ResNet's first stage 64)")
     net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     pre = parser.add_argument_group("pre-training (eq. 9)")
+    objectives = "kd: MSE to the set's targets; or SSL on its images alone, a row each"
+    pre.add_argument("--pretrain", nargs="+", choices=["kd", *SSL], default=["kd"], help=objectives)
     pre.add_argument("--epochs", type=positive, default=20, help="over the set")
     pre.add_argument("--batch_size", type=positive, default=256, help="images a step")
     pre.add_argument("--lr", type=number, default=0.1, help="for full data; a set brings its own, alpha_syn")
     pre.add_argument("--momentum", type=number, default=0.9, help="of SGD")
     pre.add_argument("--weight_decay", type=number, default=1e-4, help="of SGD")
+    pre.add_argument("--ssl_lr", type=number, default=1e-3, help="of Adam, for SSL (appendix A.2)")
     probe = parser.add_argument_group("linear probe (eq. 3)")
     probe.add_argument("--downstream", nargs="+", help="D_d, its data sets (default: --dataset)")
     probe.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.05], help="labelled part")
@@ -77,7 +84,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
     args.downstream = args.downstream or [args.dataset]
-    for option in ("downstream", "fractions", "seeds"):  # each once, or the table would count it twice
+    for option in (
+        "pretrain",
+        "downstream",
+        "fractions",
+        "seeds",
+    ):  # each once, or the table would count it twice
         setattr(args, option, list(dict.fromkeys(getattr(args, option))))
     args.width = args.width or (128 if args.arch == "convnet" else 64)
     return args
@@ -93,20 +105,33 @@ def make_encoder(args, out_dim, image_size, channels):
     return common.ResNet(blocks, out_dim, channels, args.width, norm_layer)
 
 
-def pretrain(net, images, targets, stats, lr, args, seed):
-    """Train net in place on (images, targets) by SGD on the MSE (eq. 9).
+def pretrain(net, objective, images, targets, stats, lr, args, seed):
+    """Train net in place on a set: by SGD on the MSE to its targets (objective "kd", eq. 9), or by SSL.
 
-    images (S, C, H, W) are normalised floats, or uint8 to be normalised with stats, the mean and std.
+    SSL sees the images alone, in two random views, and trains by Adam, as the paper does (appendix
+    A.2). images (S, C, H, W) are normalised by stats, the data set's mean and std, or uint8.
     """
     net.train()
     order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(net.parameters(), lr, args.momentum, weight_decay=args.weight_decay)
+    draws = torch.Generator(args.device).manual_seed(seed)
+    flip = common.DATASETS[args.dataset.partition(":")[0]].flip
+    if objective == "kd":
+        optimizer = torch.optim.SGD(net.parameters(), lr, args.momentum, weight_decay=args.weight_decay)
+    else:
+        optimizer = torch.optim.Adam(net.parameters(), args.ssl_lr, weight_decay=1e-6)
+
+    def loss_fn(x, z):
+        if objective == "kd":
+            return F.mse_loss(net(common.normalise(x, *stats) if x.dtype == torch.uint8 else x), z)
+        x = x if x.dtype == torch.uint8 else common.denormalise(x, *stats)
+        views = [common.random_view(x, draws, flip=flip) for _ in range(2)]
+        return SSL[objective](*(net(common.normalise(view, *stats)) for view in views))
+
     for _ in range(args.epochs):
         for batch in torch.randperm(len(images), generator=order).to(images.device).split(args.batch_size):
-            x = images[batch]
-            if x.dtype == torch.uint8:
-                x = common.normalise(x, *stats)
-            loss = F.mse_loss(net(x), targets[batch])
+            if objective != "kd" and len(batch) < 2:
+                continue  # nothing to contrast it with
+            loss = loss_fn(images[batch], targets[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -192,7 +217,8 @@ def load_downstream(name, args, channels):
 
 def key(record):
     """What an accuracy in results.jsonl belongs to, besides the options."""
-    return tuple(record[name] for name in ("set", "set_id", "downstream", "data_id", "fraction", "seed"))
+    names = ("set", "set_id", "pretrain", "downstream", "data_id", "fraction", "seed")
+    return tuple(record[name] for name in names)
 
 
 def read_results(path):
@@ -219,31 +245,34 @@ def make_table(cells, sets, downstream, fractions, seeds):
 
     Below it, each set's difference to the random subset, paired by seed, mean ± standard error: both see the
     same labelled images, whose draw makes most of the std.
-    cells: {(set, downstream, fraction, seed): accuracy in percent}.
+    sets are pairs (name, objective); cells: {(set, downstream, fraction, seed): accuracy in percent}.
     """
     columns = [(d, f) for d in downstream for f in fractions]
     titles = [f"{common.run_name(d)}, {100 * f:g} % labels" for d, f in columns]
 
     def table(head, rows, cell):
         lines = [f"| {head} | " + " | ".join(titles) + " |", "|---|" + "---|" * len(columns)]
-        for name in rows:
-            lines.append(f"| {ROWS.get(name, name)} | " + " | ".join(cell(name, *c) for c in columns) + " |")
+        for name, objective in rows:
+            title = ROWS.get(name, name) + (f", {objective}" if objective in SSL else "")
+            lines.append(f"| {title} | " + " | ".join(cell((name, objective), *c) for c in columns) + " |")
         return "\n".join(lines) + "\n"
 
-    def values(name, d, f):
-        return torch.tensor([cells[name, d, f, seed] for seed in seeds])
+    def values(row, d, f):
+        return torch.tensor([cells[row, d, f, seed] for seed in seeds])
 
-    def accuracy(name, d, f):
-        v = values(name, d, f)
+    def accuracy(row, d, f):
+        v = values(row, d, f)
         return f"{v.mean():.2f} ± {v.std():.2f}" if len(v) > 1 else f"{v.mean():.2f}"
 
-    def difference(name, d, f):
-        v = values(name, d, f) - values("subset_random", d, f)
+    base = ("subset_random", "kd")
+
+    def difference(row, d, f):
+        v = values(row, d, f) - values(base, d, f)
         return f"{v.mean():+.2f} ± {v.std() / len(v) ** 0.5:.2f}" if len(v) > 1 else f"{v.mean():+.2f}"
 
     tables = table("pre-training set", sets, accuracy)
-    if "subset_random" in sets:
-        others = [name for name in sets if name != "subset_random"]
+    if base in sets:
+        others = [row for row in sets if row != base]
         tables += "\n" + table("difference to random subset", others, difference)
     return tables
 
@@ -259,8 +288,10 @@ def main(args):
 
     # What is compared: name -> (images, targets, lr), or None for a student that is not pre-trained.
     names = args.sets or ["none", *(path.stem for path in (args.out_dir / "sets").glob("*.pt")), "full"]
-    rows = list(ROWS)  # other sets come before full data
-    names = sorted(set(names), key=lambda name: (rows.index(name) if name in rows else len(rows) - 1.5, name))
+    order = list(ROWS)  # other sets come before full data
+    names = sorted(
+        set(names), key=lambda name: (order.index(name) if name in order else len(order) - 1.5, name)
+    )
     sets = {}
     for name in names:
         if name == "none":
@@ -281,19 +312,22 @@ def main(args):
 
     # An accuracy is known if results.jsonl has it for these options, this very set and these very images.
     results = args.out_dir / "results.jsonl"
-    of_cell = ("dataset", "sets", "lr", "downstream", "fractions", "seeds")  # in the record or in set_id
+    of_cell = ("dataset", "sets", "lr", "pretrain", "downstream", "fractions", "seeds")  # the record's
     options = {name: value for name, value in common.recipe(vars(args)).items() if name not in of_cell}
     options["targets_id"] = made["targets_id"]
     known = {
         key(record): record["accuracy"] for record in read_results(results) if record["options"] == options
     }
     log = common.Log(args.out_dir, "evaluate", vars(args))
+    rows = [(name, objective) for name in sets for objective in (args.pretrain if sets[name] else ["none"])]
     cells, done = {}, 0
-    for name, contents in sets.items():
+    for name, objective in rows:
+        contents = sets[name]
         set_id = common.fingerprint(*contents) if contents else "none"
         for seed in args.seeds:
+            cell = {"set": name, "set_id": set_id, "pretrain": objective, "seed": seed}
             records = {
-                (d, f): dict(set=name, set_id=set_id, downstream=d, data_id=data_id[d], fraction=f, seed=seed)
+                (d, f): {**cell, "downstream": d, "data_id": data_id[d], "fraction": f}
                 for d in downstream
                 for f in args.fractions
             }
@@ -304,9 +338,12 @@ def main(args):
                 net = make_encoder(args, all_targets.shape[1], px, channels).to(args.device)
                 if contents:
                     images, targets = (tensor.to(args.device) for tensor in contents[:2])
-                    pretrain(net, images, targets, stats, contents[2], args, SEEDS + seed)
+                    pretrain(net, objective, images, targets, stats, contents[2], args, SEEDS + seed)
                 if not all(p.isfinite().all() for p in net.parameters()):
-                    common.fail(f"pre-training on {name} diverged: its lr, {contents[2]:.3g}, is too large")
+                    lr = args.ssl_lr if objective in SSL else contents[2]
+                    common.fail(
+                        f"pre-training on {name} by {objective} diverged: its lr, {lr:.3g}, is too large"
+                    )
             for d in missing:
                 for f, accuracy in probe(net, *downstream[d], args.fractions, args.label_draw, seed).items():
                     record = records[d, f]
@@ -316,11 +353,11 @@ def main(args):
                         with open(results, "a", encoding="utf-8") as file:
                             file.write(line + "\n")
             for (d, f), record in records.items():
-                cells[name, d, f, seed] = known[key(record)]
+                cells[(name, objective), d, f, seed] = known[key(record)]
             done += 1
-            log.say(f"encoder {log.progress(done, len(sets) * len(args.seeds))}: {name}, seed {seed}")
+            log.say(f"encoder {log.progress(done, len(rows) * len(args.seeds))}: {name}, seed {seed}")
 
-    table = make_table(cells, list(sets), list(downstream), args.fractions, args.seeds)
+    table = make_table(cells, rows, list(downstream), args.fractions, args.seeds)
     caption = (
         f"Linear-probe accuracy in % on the {args.split} split, mean ± std (divisor n - 1) over n = "
         f"{len(args.seeds)} seeds; differences are paired by seed, ± standard error. Pre-training on "

@@ -304,6 +304,36 @@ def test_larger_encoders(copy, stage, options):
     }  # nothing of the ConvNet
 
 
+def test_ssl_on_the_images_of_a_set(copy, stage, capsys):
+    """Both objectives of a set as rows of one table; no pre-training stays one row."""
+    run = [*EVALUATE, "--out_dir", copy, "--sets", "none", "subset_random", "full"]
+    stage("evaluate", [*run, "--pretrain", "kd", "simclr", "barlow_twins"])
+    table = (copy / "results.md").read_text()
+    for row in ("no pre-training", "random subset", "random subset, simclr", "full data, barlow_twins"):
+        assert f"| {row} | " in table
+    assert table.count("| no pre-training") == 2 and "no pre-training," not in table  # once in each table
+
+
+@pytest.mark.parametrize("objective", ["kd", "simclr", "barlow_twins"])
+def test_pretraining_lowers_its_loss(objective):
+    args = evaluate.parse_args(["--dataset", "digits", "--width", "8", "--epochs", "30", "--lr", "0.1"])
+    torch.manual_seed(0)
+    net = evaluate.make_encoder(args, D, 8, 1)
+    images, targets = torch.randn(40, 1, 8, 8), torch.randn(40, D)
+    stats = torch.tensor([0.5]), torch.tensor([0.3])
+
+    def loss():
+        if objective == "kd":
+            return torch.nn.functional.mse_loss(net(images), targets).item()
+        x = common.denormalise(images, *stats)
+        views = [common.random_view(x, torch.Generator().manual_seed(i), flip=False) for i in range(2)]
+        return evaluate.SSL[objective](*(net(common.normalise(view, *stats)) for view in views)).item()
+
+    before = loss()
+    evaluate.pretrain(net, objective, images, targets, stats, 0.1, args, seed=0)
+    assert loss() < before
+
+
 def test_encoders_are_those_asked_for():
     for options, parameters in [([], 1_348_608), (["--arch", "resnet10"], 4_898_112 + 512 * 513)]:
         args = evaluate.parse_args(options)
