@@ -316,7 +316,7 @@ def test_ssl_on_the_images_of_a_set(copy, stage, capsys):
 
 @pytest.mark.parametrize("objective", ["kd", "simclr", "barlow_twins"])
 def test_pretraining_lowers_its_loss(objective):
-    args = evaluate.parse_args(["--dataset", "digits", "--width", "8", "--epochs", "30", "--lr", "0.1"])
+    args = evaluate.parse_args([*DATA, "--width", "8", "--epochs", "30"])
     torch.manual_seed(0)
     net = evaluate.make_encoder(args, D, 8, 1)
     images, targets = torch.randn(40, 1, 8, 8), torch.randn(40, D)
