@@ -531,8 +531,7 @@ def random_view(
     def chance(p):
         return torch.rand(b, generator=generator, device=device) < p
 
-    # Crop and mirror: an affine grid in [-1, 1]. Sides above 1 are cut to the image, where torchvision draws
-    # again.
+    # Crop and mirror: an affine grid in [-1, 1]. Where torchvision draws again, sides above 1 are cut to 1.
     area, log_ratio = uniform(min_crop, 1), uniform(math.log(3 / 4), math.log(4 / 3))
     w, h = (area * log_ratio.exp()).sqrt().clamp(max=1), (area / log_ratio.exp()).sqrt().clamp(max=1)
     affine = torch.zeros(b, 2, 3, device=device)
@@ -545,10 +544,8 @@ def random_view(
     # Colours: y = gain * M x + (1 - contrast) * mean luma of the image.
     on = chance(0.8).float()
     brightness, contrast = (1 + on * uniform(-s, s) for s in jitter[:2])
-    saturation, angle = (
-        1 + on * uniform(-jitter[2], jitter[2]),
-        on * uniform(-jitter[3], jitter[3]) * 2 * math.pi,
-    )
+    saturation = 1 + on * uniform(-jitter[2], jitter[2])
+    angle = on * uniform(-jitter[3], jitter[3]) * 2 * math.pi
     saturation = saturation * (~chance(0.2)).float()
     if channels == 3:
         to_yiq = torch.tensor(
@@ -560,10 +557,8 @@ def random_view(
         matrix = to_yiq.inverse() @ turn @ to_yiq
         luma = to_yiq[0]
     else:
-        matrix, luma = (
-            torch.eye(channels, device=device).expand(b, -1, -1),
-            torch.full((channels,), 1 / channels, device=device),
-        )
+        matrix = torch.eye(channels, device=device).expand(b, -1, -1)
+        luma = torch.full((channels,), 1 / channels, device=device)
     mean_luma = (luma.view(-1, 1, 1) * x).sum(1).mean((1, 2))  # (B,)
     matrix = matrix * (brightness * contrast).view(-1, 1, 1)
     offset = ((1 - contrast) * brightness * mean_luma).view(-1, 1, 1)
@@ -573,15 +568,12 @@ def random_view(
         radius = max(1, x.shape[-1] // 20)
         at = torch.arange(-radius, radius + 1, device=device)
         kernel = (-at.square() / (2 * uniform(0.1, 2).square().view(-1, 1))).exp()
-        kernel = torch.where(
-            chance(blur).view(-1, 1), kernel / kernel.sum(1, keepdim=True), (at == 0).float()
-        )
+        kernel = kernel / kernel.sum(1, keepdim=True)
+        kernel = torch.where(chance(blur).view(-1, 1), kernel, (at == 0).float())
         kernel = kernel.repeat_interleave(channels, 0).view(b * channels, 1, 1, -1)
         flat = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1).unsqueeze(0)
-        flat = F.conv2d(
-            F.conv2d(flat, kernel, groups=b * channels), kernel.transpose(2, 3), groups=b * channels
-        )
-        x = flat.view_as(x)
+        flat = F.conv2d(flat, kernel, groups=b * channels)
+        x = F.conv2d(flat, kernel.transpose(2, 3), groups=b * channels).view_as(x)
     if solarize > 0:
         x = torch.where(chance(solarize).view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
     return x
