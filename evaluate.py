@@ -8,6 +8,7 @@ images of a seed are the same for all sets, and a smaller fraction is part of a 
 Reads:  OUT/sets/*.pt, OUT/targets.pt (for "full") and the data sets.
 Writes: OUT/results.jsonl   one record an accuracy; a stage that is started again only adds what is missing
         OUT/results.md      the table, mean and standard deviation over the seeds
+        OUT/results.png     the same as a figure, if matplotlib is installed
 
     python evaluate.py         # none, every set in OUT/sets, full; probed on CIFAR-10. As in Table 1:
     python evaluate.py --downstream cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers
@@ -240,6 +241,12 @@ def read_results(path):
     return records
 
 
+def row_title(row):
+    """The table's name of a pair (set, objective)."""
+    name, objective = row
+    return ROWS.get(name, name) + (f", {objective}" if objective in SSL else "")
+
+
 def make_table(cells, sets, downstream, fractions, seeds):
     """Markdown, a row a set, a column a data set and fraction: mean ± std (divisor n - 1) over the seeds.
 
@@ -252,9 +259,8 @@ def make_table(cells, sets, downstream, fractions, seeds):
 
     def table(head, rows, cell):
         lines = [f"| {head} | " + " | ".join(titles) + " |", "|---|" + "---|" * len(columns)]
-        for name, objective in rows:
-            title = ROWS.get(name, name) + (f", {objective}" if objective in SSL else "")
-            lines.append(f"| {title} | " + " | ".join(cell((name, objective), *c) for c in columns) + " |")
+        for row in rows:
+            lines.append(f"| {row_title(row)} | " + " | ".join(cell(row, *c) for c in columns) + " |")
         return "\n".join(lines) + "\n"
 
     def values(row, d, f):
@@ -275,6 +281,32 @@ def make_table(cells, sets, downstream, fractions, seeds):
         others = [row for row in sets if row != base]
         tables += "\n" + table("difference to random subset", others, difference)
     return tables
+
+
+def save_figure(path, cells, rows, downstream, fractions, seeds):
+    """Accuracy against the labelled fraction, a line and its std over the seeds a row, a panel a data set."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path} is left out: it needs matplotlib (pip install matplotlib)")
+        return
+    figure = Figure(figsize=(4 * len(downstream) + 2, 4), layout="constrained")
+    fractions = sorted(fractions)
+    percent = [100 * f for f in fractions]
+    for panel, d in zip(figure.subplots(1, len(downstream), squeeze=False)[0], downstream):
+        for row in rows:
+            values = torch.tensor([[cells[row, d, f, seed] for seed in seeds] for f in fractions])
+            spread = values.std(1) if len(seeds) > 1 else None
+            panel.errorbar(percent, values.mean(1), spread, label=row_title(row), capsize=3)
+        panel.set(
+            title=common.run_name(d), xlabel="labelled images in %", ylabel="accuracy in %", xscale="log"
+        )
+        panel.set_xticks(percent, [f"{p:g}" for p in percent])
+        panel.minorticks_off()
+    panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    temporary = path.with_name("results.tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
 
 
 def main(args):
@@ -366,6 +398,7 @@ def main(args):
     temporary = args.out_dir / "results.md.tmp"
     temporary.write_text(f"{table}\n{caption}\n", encoding="utf-8")
     temporary.replace(args.out_dir / "results.md")
+    save_figure(args.out_dir / "results.png", cells, rows, list(downstream), args.fractions, args.seeds)
     print(f"\n{table}\n{caption}\nwrote {args.out_dir / 'results.md'} and results.jsonl")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,17 @@ def test_results(run_dir):
     )
     d = values - base
     assert f"| no pre-training | {d.mean():+.2f} ± {d.std() / 2**0.5:.2f} |" in table
+
+
+def test_figure(copy, stage, capsys, monkeypatch):
+    (copy / "results.png").unlink(missing_ok=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)  # not installed
+        stage("evaluate", [*EVALUATE, "--out_dir", copy])
+    assert "matplotlib" in capsys.readouterr().out and not (copy / "results.png").exists()
+    pytest.importorskip("matplotlib")
+    stage("evaluate", [*EVALUATE, "--out_dir", copy])
+    assert (copy / "results.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_logs(run_dir):
