@@ -209,12 +209,6 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
     return ImageSet(images, labels, torch.as_tensor(mean).float(), torch.as_tensor(std).float())
 
 
-def has_test_split(name, data_dir):
-    """Whether there are test images: always, but for an image folder without DIR/test."""
-    key, folder = parse_dataset(name, data_dir)
-    return key != "imagefolder" or (folder / "test").is_dir()
-
-
 def normalise(images, mean, std):
     """(B, C, H, W) uint8, or float in [0, 1], to float with the data set's mean and std taken out."""
     x = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -789,14 +783,15 @@ class Log:
         self.path = Path(out_dir) / f"{stage}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.interval, self.said, self.started = interval, 0.0, time.time()
+        where = options["device"]
+        if where.startswith("cuda"):
+            where = torch.cuda.get_device_name(where)
         self.write(
             command=shlex.join(["python", *sys.argv]),
             options=options,
             time=time.strftime("%Y-%m-%d %H:%M:%S"),
             torch=torch.__version__,
-            device=torch.cuda.get_device_name()
-            if options["device"].startswith("cuda")
-            else options["device"],
+            device=where,
             threads=torch.get_num_threads(),
         )
 
@@ -811,10 +806,6 @@ class Log:
             print(text, flush=True)
 
     def progress(self, done, total):
-        """ "done/total, time left" for a line."""
+        """For a line: done/total and the time left."""
         left = (time.time() - self.started) / max(done, 1) * (total - done)
-        return (
-            f"{done}/{total}, {left:.0f} s left"
-            if left < 600
-            else f"{done}/{total}, {left / 60:.0f} min left"
-        )
+        return f"{done}/{total}, " + (f"{left:.0f} s left" if left < 600 else f"{left / 60:.0f} min left")

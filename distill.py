@@ -95,7 +95,7 @@ class _StudentSteps(torch.autograd.Function):
             theta = theta - lr * velocity
         ctx.save_for_backward(images, targets, lr, *thetas)
         ctx.loss_fn, ctx.batches, ctx.momentum = loss_fn, batches, momentum
-        return theta.clone() if not batches else theta
+        return theta if batches else theta.clone()  # autograd wants no input returned as it is
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -262,9 +262,8 @@ def load_experts(folder, num_images, num_parameters, made):
 
 def save_picture(path, start, result, stats, count=30, columns=10):
     """Write the first `count` images, rows of `columns`, each of the start (S, C, H, W) above its result."""
-    rows = [
-        part[i : i + columns] for i in range(0, min(count, len(start)), columns) for part in (start, result)
-    ]
+    starts = range(0, min(count, len(start)), columns)
+    rows = [part[i : i + columns] for i in starts for part in (start, result)]
     images = common.denormalise(torch.cat([row.cpu() for row in rows]), *stats)
     images = F.interpolate(images, scale_factor=max(1, 48 // images.shape[-1]), mode="nearest")
     torchvision.utils.save_image(images, path, nrow=columns, padding=2, pad_value=1.0)
@@ -277,9 +276,8 @@ def main(args):
         args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit
     )
     if args.lr_from:
-        args.lr_init = common.load(args.out_dir / "sets" / f"{args.lr_from}.pt", {"lr": float}, "distill.py")[
-            "lr"
-        ]
+        source = args.out_dir / "sets" / f"{args.lr_from}.pt"
+        args.lr_init = float(common.load(source, {"lr": float}, "distill.py")["lr"])
     options = common.recipe(vars(args))
     path = args.out_dir / "sets" / f"{args.name}.pt"
     keys = {"images": 4, "targets": 2, "lr": float}

@@ -147,9 +147,8 @@ def label_order(labels, label_draw, seed):
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
     if label_draw == "balanced":
         one_hot = F.one_hot(labels[order])
-        turn = (one_hot.cumsum(0) * one_hot).sum(
-            1
-        )  # 1 for the first image of its class, 2 for the second ...
+        # 1 for the first image of its class, 2 for the second ...
+        turn = (one_hot.cumsum(0) * one_hot).sum(1)
         order = order[turn.argsort(stable=True)]
     return order
 
@@ -195,9 +194,9 @@ def load_downstream(name, args, channels):
     train = test = common.load_images(name, "train", args.data_dir, size, args.limit)
     n = len(train.images)
     if args.split == "val":
-        held_out = torch.arange(n) % 5 == 4
         if n < 5:
             common.fail(f"--split val: {name} has {n} training images, and every fifth is held out")
+        held_out = torch.arange(n) % 5 == 4
         test = train._replace(images=train.images[held_out], labels=train.labels[held_out])
         train = train._replace(images=train.images[~held_out], labels=train.labels[~held_out])
     else:

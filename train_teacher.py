@@ -155,6 +155,7 @@ def main(args):
         return
     trained = common.is_done(teacher_path, "train_teacher", options, {"encoder": None})
 
+    key, folder = common.parse_dataset(args.dataset, args.data_dir)
     images = common.load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
     n, channels, px = images.images.shape[:3]
     stats = (images.mean, images.std)
@@ -169,7 +170,6 @@ def main(args):
     made = {"options": {"train_teacher": options}, "images_id": common.images_id(images.images)}
 
     if not trained:
-        key, _ = common.parse_dataset(args.dataset, args.data_dir)
         view = {"min_crop": args.min_crop, "flip": common.DATASETS[key].flip}
         if px >= 64:  # as in Barlow Twins' recipe for large images
             view |= {"blur": 0.5, "solarize": 0.1}
@@ -186,7 +186,8 @@ def main(args):
         common.save(teacher_path, {"encoder": weights, **made})
     common.save(targets_path, {"targets": targets.cpu(), **made})
     print(f"wrote {teacher_path} and {targets_path}: {n} targets of D = {targets.shape[1]}")
-    if images.labels.max() > 0 and common.has_test_split(args.dataset, args.data_dir):
+    # Labels exist unless an image folder has one class only, or no test images.
+    if images.labels.max() > 0 and (key != "imagefolder" or (folder / "test").is_dir()):
         test = common.load_images(args.dataset, "test", args.data_dir, args.image_size, args.limit)
         features = common.encode(encoder, test.images.to(args.device), *stats)
         labels = images.labels.to(args.device), test.labels.to(args.device)
