@@ -1,10 +1,13 @@
-"""Stage 3: distil a small synthetic set by matching the experts' trajectories (MKDT).
+"""Stage 3: distil a small synthetic set by matching the experts' trajectories (MKDT), or make a baseline's.
 
 In every iteration, a student starts from an expert's weights at epoch t, takes N SGD steps on the synthetic
 set, and should arrive where the expert was after M more epochs on the real data. The gradient of the distance
 (paper, eq. 4) moves the synthetic images and their learning rate.
 
-Reads:  OUT/targets.pt, OUT/experts/*.pt and the data set.
+Baselines: a plain subset (random, high-loss or SAS: --iters 0), and KRR-ST (--method krr_st), which learns
+images and targets by kernel ridge regression on the features of students that train on them.
+
+Reads:  OUT/targets.pt, OUT/experts/*.pt (MKDT, high-loss subset) and the data set.
 Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,) and std (C,); targets (S, D)
                              float32; lr: a float; indices (S,) int64 of the real images at the start}
         OUT/sets/NAME.png   some of the images, start above result
@@ -12,6 +15,8 @@ Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,
     python distill.py                             # 2 % of CIFAR-10, from the high-loss subset: mkdt_high_loss
     python distill.py --init random --iters 0     # the random subset itself, a baseline: subset_random
     python distill.py --init random --iters 0 --lr_from mkdt_high_loss    # with the lr that MKDT learnt
+    python distill.py --method krr_st             # the baseline KRR-ST: krr_st_random
+    python distill.py --seed 1                    # a second set of the method: mkdt_high_loss_seed1
 """
 
 import argparse
@@ -28,6 +33,11 @@ from sklearn.cluster import KMeans
 import common
 from common import natural, number, positive
 
+RECIPES = {  # defaults that depend on the method
+    "mkdt": dict(init="high_loss", iters=5000, lr_img=1e3),
+    "krr_st": dict(init="random", iters=160_000, lr_img=1e-4),
+}
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
@@ -38,28 +48,36 @@ def parse_args(argv=None):
     data.add_argument("--image_size", type=positive, help="pixels (default: the data set's, imagefolder 32)")
     data.add_argument("--limit", type=positive, help="use only so many images of each split, evenly spaced")
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
-    data.add_argument("--name", help="of the set (default: mkdt_INIT, or subset_INIT with --iters 0)")
+    data.add_argument("--name", help="of the set (default: METHOD_INIT or subset_INIT, and _seedN if not 0)")
     net = parser.add_argument_group("student f_S, as in train_experts.py")
     net.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
     net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     syn = parser.add_argument_group("synthetic set D_syn, Z_syn")
+    syn.add_argument("--method", choices=RECIPES, default="mkdt", help="how it is learnt")
     syn.add_argument("--fraction", type=number, default=0.02, help="|D_syn| / |D_real|")
-    syn.add_argument("--init", choices=["high_loss", "random", "sas"], default="high_loss", help="of D_syn")
+    inits = "start of D_syn (default: high_loss, krr_st random)"
+    syn.add_argument("--init", choices=["high_loss", "random", "sas"], help=inits)
     syn.add_argument("--num_latent_classes", type=positive, help="SAS: of k-means (default: the data set's)")
     syn.add_argument("--latent_classes", metavar="FILE", help="SAS: .pt with {latent_classes (N,) int64}")
+    syn.add_argument("--iters", type=natural, help="S (default: 5000, krr_st 160000); 0: the plain subset")
+    lrs = "of the pixels (default: 1e3; 5 %%: 1e4; tiny: 1e5; krr_st, with the targets: 1e-4, tiny: 1e-5)"
+    syn.add_argument("--lr_img", type=number, help=lrs)
     syn.add_argument("--lr_init", type=number, default=0.1, help="start of alpha_syn; lr of a plain subset")
     syn.add_argument("--lr_from", metavar="NAME", help="take it from OUT/sets/NAME.pt instead")
     match = parser.add_argument_group("trajectory matching (eq. 4 and 8)")
-    match.add_argument("--iters", type=natural, default=5000, help="S; 0: the plain subset")
     match.add_argument("--syn_steps", type=positive, default=40, help="N, steps on D_syn (tinyimagenet: 10)")
     match.add_argument("--expert_epochs", type=positive, default=2, help="M, epochs of the expert to match")
     match.add_argument("--max_start_epoch", type=positive, default=2, help="T+ > t (5 %% of cifar: 5)")
     match.add_argument("--batch_syn", type=positive, default=256, help="synthetic images a step")
     match.add_argument("--inner_momentum", type=number, default=0.0, help="of the N steps (the paper: none)")
-    match.add_argument("--lr_img", type=number, default=1e3, help="of the pixels (5 %%: 1e4; tiny: 1e5)")
     match.add_argument("--lr_lr", type=number, default=1e-4, help="lr of alpha_syn")
     match.add_argument("--lr_targets", type=number, default=0.0, help="lr of Z_syn (authors' code: 1)")
     match.add_argument("--momentum", type=number, default=0.5, help="of the SGD on pixels, lr, Z_syn")
+    krr = parser.add_argument_group("KRR-ST (Lee et al., ICLR 2024)")
+    krr.add_argument("--pool_size", type=positive, default=10, help="students in the pool")
+    krr.add_argument("--pool_steps", type=positive, default=1000, help="steps on D_syn until one starts anew")
+    krr.add_argument("--batch_real", type=positive, default=1024, help="real images an iteration")
+    krr.add_argument("--ridge", type=number, default=1e-6, help="lambda, as a share of the kernel's trace")
     parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
     parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
@@ -68,10 +86,15 @@ def parse_args(argv=None):
         name = getattr(args, option)
         if name is not None and (name in ("none", "full") or not re.fullmatch(r"\w[\w.+-]*", name)):
             common.fail(f"--{option} {name!r}: choose letters, digits, and . + - _ within; not none or full")
+    for name, value in RECIPES[args.method].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
     if not args.name:
-        args.name = f"{'mkdt' if args.iters else 'subset'}_{args.init}"
+        args.name = f"{args.method if args.iters else 'subset'}_{args.init}"
         args.name += f"_lr_from_{args.lr_from}" if args.lr_from else ""
+        seed = f"_seed{args.seed}" if args.seed else ""
+        args.name = args.name.removesuffix(seed) + seed
     return args
 
 
@@ -156,6 +179,98 @@ def draw_batches(size, batch_size, steps, generator):
     while len(batches) < steps:
         batches += torch.randperm(size, generator=generator).split(batch_size)
     return batches[:steps]
+
+
+def trajectory_losses(args, net, images, targets, lr, paths, trajectories, generator):
+    """MKDT: yields (matching loss, what was drawn) without end, each differentiable in the synthetic set.
+
+    net gives the shape of the students; images (S, C, H, W), targets (S, D) and lr are the set as it is now;
+    paths and trajectories are load_experts'.
+    """
+
+    def kd_loss(theta, x, z):
+        """Eq. 5 on a synthetic batch; another objective goes here and into train_experts.py."""
+        return F.mse_loss(common.forward_flat(net, theta, x), z)
+
+    while True:
+        k = torch.randint(len(trajectories), (), generator=generator).item()
+        t = torch.randint(args.max_start_epoch, (), generator=generator).item()
+        start = trajectories[k][t].to(args.device)
+        goal = trajectories[k][t + args.expert_epochs].to(args.device)
+        if not (start.isfinite().all() and goal.isfinite().all()):
+            common.fail(f"{paths[k]}: its weights are not all finite; make it again with train_experts.py")
+        batches = draw_batches(len(images), args.batch_syn, args.syn_steps, generator)
+        theta = student_steps(kd_loss, start, images, targets, lr, batches, args.inner_momentum)
+        yield matching_loss(theta, start, goal), {"expert": k, "start_epoch": t}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# KRR-ST: kernel ridge regression on self-supervised targets
+# ------------------------------------------------------------------------------------------------------------
+
+
+def kernel_ridge(features, targets, queries, ridge):
+    """The targets that kernel ridge regression predicts for the queries: K_qs (K_ss + lambda I)^-1 Z_s.
+
+    features (S, F), targets (S, D), queries (B, F) -> (B, D). The kernel is linear, with a constant feature
+    for the bias; lambda = ridge tr(K_ss), held fixed in the gradient (Lee et al., ICLR 2024, and their code).
+    """
+    features, queries = F.pad(features, (0, 1), value=1.0), F.pad(queries, (0, 1), value=1.0)
+    kernel = features @ features.T
+    penalty = (
+        ridge * kernel.trace().detach() * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    )
+    return queries @ features.T @ torch.linalg.solve(kernel + penalty, targets)
+
+
+class PoolStudent:
+    """A student of KRR-ST's pool: trained on the synthetic set, full batch, a step each time it was used."""
+
+    def __init__(self, make_net, seed):
+        torch.manual_seed(seed)
+        self.net, self.steps = make_net(), 0
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+    def train(self, images, targets, steps=1):
+        for _ in range(steps):
+            loss = F.mse_loss(self.net(images.detach()), targets.detach())
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        self.steps += steps
+
+
+def regression_losses(args, make_net, images, targets, train, all_targets, generator):
+    """KRR-ST: yields (loss, what was drawn) without end, differentiable in images and targets of the set.
+
+    The loss is the error of kernel_ridge on a batch of real images, with the features of a student of the
+    pool; the student then takes a step on the set, or after --pool_steps starts anew, as does its counter
+    (differs: in the authors' code the counter stays, and the student is new each time from then on).
+    make_net() is a fresh student; train is the ImageSet with all_targets (N, D).
+    """
+
+    def new_student():
+        return PoolStudent(make_net, torch.randint(2**31, (), generator=generator).item())
+
+    real_images, real_targets = train.images.to(args.device), all_targets.to(args.device)
+    exact = torch.float32 if args.device.startswith("mps") else torch.float64  # lambda is small
+    print(f"KRR-ST: training a pool of {args.pool_size} students", flush=True)
+    pool = [new_student() for _ in range(args.pool_size)]
+    for student in pool:  # each at another point of its training
+        student.train(images, targets, torch.randint(args.pool_steps, (), generator=generator).item())
+    while True:
+        k = torch.randint(len(pool), (), generator=generator).item()
+        batch = torch.randperm(len(real_images), generator=generator)[: args.batch_real].to(args.device)
+        with torch.no_grad():
+            real = common.normalise(real_images[batch], train.mean, train.std)
+            queries = pool[k].net.features(real).to(exact)
+        features = pool[k].net.features(images).to(exact)
+        predicted = kernel_ridge(features, targets.to(exact), queries, args.ridge)
+        yield F.mse_loss(predicted, real_targets[batch].to(exact)), {"student": k, "steps": pool[k].steps}
+        if pool[k].steps < args.pool_steps:
+            pool[k].train(images, targets)
+        else:
+            pool[k] = new_student()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -291,16 +406,19 @@ def main(args):
         common.fail(
             f"--fraction {args.fraction}: makes a set of {size} of {n} images; choose one in ({1 / n:.2g}, 1]"
         )
-    depth = args.depth or common.default_depth(px)
-    net = common.ConvNet(all_targets.shape[1], px, channels, args.width, depth).to(args.device)
-    num_parameters = common.flatten(net).numel()
+    matching = args.method == "mkdt"
+    shape = (all_targets.shape[1], px, channels, args.width, args.depth or common.default_depth(px))
 
-    if args.iters or args.init == "high_loss":
+    def make_net():
+        return common.ConvNet(*shape).to(args.device)
+
+    net, paths, trajectories = make_net(), [], []
+    if (matching and args.iters) or args.init == "high_loss":
         paths, trajectories, example_losses, made["options"] = load_experts(
-            args.out_dir / "experts", n, num_parameters, made
+            args.out_dir / "experts", n, common.flatten(net).numel(), made
         )
         epochs, needed = len(trajectories[0]) - 1, args.max_start_epoch - 1 + args.expert_epochs
-        if args.iters and epochs < needed:
+        if matching and args.iters and epochs < needed:
             common.fail(
                 f"--max_start_epoch {args.max_start_epoch} and --expert_epochs {args.expert_epochs} read "
                 f"the epochs 0 to {needed} of the experts, which have {epochs}; train them for {needed}"
@@ -314,53 +432,43 @@ def main(args):
         indices = torch.randperm(n, generator=generator)[:size]
     start_images = common.normalise(train.images[indices], *stats).to(args.device)
     images = start_images.clone().requires_grad_()  # D_syn
-    targets = all_targets[indices].to(args.device).requires_grad_(args.lr_targets > 0)  # Z_syn
-    lr = torch.tensor(args.lr_init, device=args.device, requires_grad=True)  # alpha_syn
-    groups = [{"params": images, "lr": args.lr_img}, {"params": lr, "lr": args.lr_lr}]
-    if args.lr_targets > 0:
-        groups.append({"params": targets, "lr": args.lr_targets})
-    optimizer = torch.optim.SGD(groups, momentum=args.momentum)
+    targets = all_targets[indices].to(args.device)  # Z_syn
+    lr = torch.tensor(args.lr_init, device=args.device)  # alpha_syn
+    if matching:
+        groups = [{"params": images, "lr": args.lr_img}, {"params": lr.requires_grad_(), "lr": args.lr_lr}]
+        if args.lr_targets > 0:
+            groups.append({"params": targets.requires_grad_(), "lr": args.lr_targets})
+        optimizer = torch.optim.SGD(groups, momentum=args.momentum)
+        losses = trajectory_losses(args, net, images, targets, lr, paths, trajectories, generator)
+    else:
+        optimizer = torch.optim.AdamW([images, targets.requires_grad_()], args.lr_img, weight_decay=0)
+        losses = regression_losses(args, make_net, images, targets, train, all_targets, generator)
+    last_factor = 1.0 if matching else 1e-3  # KRR-ST: linear decay of the lr
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last_factor, max(1, args.iters))
     log = common.Log(args.out_dir, f"distill_{args.name}", vars(args))
 
-    def kd_loss(theta, x, z):
-        """Eq. 5 on a synthetic batch; another objective goes here and into train_experts.py."""
-        return F.mse_loss(common.forward_flat(net, theta, x), z)
-
-    for it in range(1, args.iters + 1):
-        began = time.time()
-        k = torch.randint(len(trajectories), (), generator=generator).item()
-        t = torch.randint(args.max_start_epoch, (), generator=generator).item()
-        start = trajectories[k][t].to(args.device)
-        goal = trajectories[k][t + args.expert_epochs].to(args.device)
-        if not (start.isfinite().all() and goal.isfinite().all()):
-            common.fail(f"{paths[k]}: its weights are not all finite; make it again with train_experts.py")
-        batches = draw_batches(size, args.batch_syn, args.syn_steps, generator)
-        theta = student_steps(kd_loss, start, images, targets, lr, batches, args.inner_momentum)
-        loss = matching_loss(theta, start, goal)
+    began = time.time()
+    for it, (loss, drawn) in zip(range(1, args.iters + 1), losses):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         lr.data.clamp_(min=args.lr_init / 1000)  # alpha_syn stays positive
 
         value = loss.item()
         if not (math.isfinite(value) and lr.isfinite() and images.isfinite().all()):
             common.fail(
-                f"the matching loss is {value} in iteration {it} (lr {lr.item():.3g}): choose a smaller "
-                f"--lr_img than {args.lr_img:g}, or a smaller --lr_lr or --lr_init"
+                f"the loss is {value} in iteration {it} (lr {lr.item():.3g}): choose a smaller --lr_img than "
+                f"{args.lr_img:g}, or a smaller --lr_lr or --lr_init"
             )
         moved = (images.detach() - start_images).abs().mean().item()
-        log.write(
-            iteration=it,
-            expert=k,
-            start_epoch=t,
-            matching_loss=value,
-            lr=lr.item(),
-            pixel_change=moved,
-            seconds=round(time.time() - began, 4),
-        )
+        kind = "matching_loss" if matching else "regression_loss"
+        record = {"iteration": it, **drawn, kind: value, "lr": lr.item(), "pixel_change": moved}
+        log.write(**record, seconds=round(time.time() - began, 4))
+        began = time.time()
         log.say(
-            f"{args.name} {log.progress(it, args.iters)}: matching loss {value:.4f}, lr {lr.item():.4f}, "
-            f"pixels moved {moved:.4f}",
+            f"{args.name} {log.progress(it, args.iters)}: {kind.replace('_', ' ')} {value:.4f}, "
+            f"lr {lr.item():.4f}, pixels moved {moved:.4f}",
             last=it == args.iters,
         )
 

@@ -1,5 +1,6 @@
 """student_steps against plain autograd through the loop, its memory, the matching loss, a set's start."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -164,3 +165,63 @@ def test_sas_quotas():
         indices = distill.sas_indices(features, classes, size)
         assert len(indices) == len(set(indices.tolist())) == size
         assert [(classes[indices] == c).sum().item() for c in (7, 2, 5)] == expected
+
+
+# -- KRR-ST --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size,dim", [(6, 9), (12, 4)])  # fewer and more images than features
+def test_kernel_ridge_is_numpys(size, dim):
+    """The dual solution equals that of the normal equations with the same lambda, solved by numpy."""
+    torch.manual_seed(0)
+    x, z, q = (torch.randn(*shape, dtype=torch.float64) for shape in ((size, dim), (size, 3), (5, dim)))
+    ours = distill.kernel_ridge(x, z, q, ridge=1e-3).numpy()
+    x1, q1 = (np.concatenate([a.numpy(), np.ones((len(a), 1))], 1) for a in (x, q))
+    penalty = 1e-3 * np.trace(x1 @ x1.T)
+    dual = q1 @ x1.T @ np.linalg.solve(x1 @ x1.T + penalty * np.eye(size), z.numpy())
+    primal = q1 @ np.linalg.solve(x1.T @ x1 + penalty * np.eye(dim + 1), x1.T @ z.numpy())
+    np.testing.assert_allclose(ours, dual, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(ours, primal, rtol=1e-9, atol=1e-12)
+
+
+def test_kernel_ridge_interpolates():
+    """With next to no ridge and more features than images, the set's own targets come back."""
+    torch.manual_seed(0)
+    x, z = torch.randn(6, 9, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    torch.testing.assert_close(distill.kernel_ridge(x, z, x, ridge=1e-12), z, rtol=0, atol=1e-8)
+
+
+def test_gradient_of_krr_st():
+    """In images and targets, float64: autograd through the solve against finite differences, lambda fixed."""
+    torch.manual_seed(0)
+    net = common.ConvNet(5, image_size=8, channels=1, width=3, depth=2).double()
+    images, targets = torch.randn(4, 1, 8, 8).double(), torch.randn(4, 5).double()
+    queries, wanted = net.features(torch.randn(7, 1, 8, 8).double()).detach(), torch.randn(7, 5).double()
+    features = nn.functional.pad(net.features(images), (0, 1), value=1.0)
+    penalty = 1e-2 * (features @ features.T).trace().item()
+
+    def loss(images, targets):
+        """The same with lambda as a number."""
+        x, q = (nn.functional.pad(a, (0, 1), value=1.0) for a in (net.features(images), queries))
+        kernel = x @ x.T + penalty * torch.eye(4, dtype=torch.float64)
+        return nn.functional.mse_loss(q @ x.T @ kernel.inverse() @ targets, wanted)
+
+    leaves = [images.requires_grad_(), targets.requires_grad_()]
+    assert torch.autograd.gradcheck(loss, leaves)
+    predicted = distill.kernel_ridge(net.features(images), targets, queries, ridge=1e-2)
+    ours = torch.autograd.grad(nn.functional.mse_loss(predicted, wanted), leaves)
+    for a, b in zip(ours, torch.autograd.grad(loss(*leaves), leaves)):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_pool_student_trains_on_the_set():
+    student = distill.PoolStudent(lambda: common.ConvNet(5, 8, 1, 4, 2), seed=3)
+    images, targets = torch.randn(6, 1, 8, 8, requires_grad=True), torch.randn(6, 5, requires_grad=True)
+    before = nn.functional.mse_loss(student.net(images), targets).item()
+    student.train(images, targets, 20)
+    assert student.steps == 20 and nn.functional.mse_loss(student.net(images), targets).item() < before
+    assert images.grad is None and targets.grad is None
+    again = distill.PoolStudent(lambda: common.ConvNet(5, 8, 1, 4, 2), seed=3)
+    again.train(images, targets, 20)
+    assert torch.equal(common.flatten(again.net), common.flatten(student.net))
