@@ -1,4 +1,4 @@
-"""Stage 4: pre-train encoders on each set and judge them by linear probes with few labels.
+"""Stage 4: pre-train encoders on each set and judge them with few labels, by linear probes or fine-tuning.
 
 For each set and seed, a fresh student is trained on (images, targets) with the set's learning rate (paper,
 eq. 9), its head is dropped, and a linear classifier is fitted to its features of a small random part of a
@@ -7,17 +7,27 @@ images of a seed are the same for all sets, and a smaller fraction is part of a 
 
 Reads:  OUT/sets/*.pt, OUT/targets.pt (for "full") and the data sets.
 Writes: OUT/results.jsonl   one record an accuracy; a stage that is started again only adds what is missing
-        OUT/results.md      the table, mean and standard deviation over the seeds
-        OUT/results.png     the same as a figure, if matplotlib is installed
+        OUT/NAME.md         the tables: mean, standard deviation, paired difference to the random subset
+        OUT/NAME.png        the same as a figure, if matplotlib is installed
 
     python evaluate.py         # none, every set in OUT/sets, full; probed on CIFAR-10. As in Table 1:
-    python evaluate.py --downstream cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers
+    python evaluate.py --downstream cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers --paper table1
+    python evaluate.py --sets none subset_random subset_random:simclr krr_st_random:krr_st full
+    python evaluate.py --protocol finetune        # full fine-tuning on all labels (appendix B)
 
-The set "none" is the student's random initialisation, "full" the real images with the teacher's targets.
+The set "none" is the student's random initialisation, "full" the real images with the teacher's targets. Sets
+whose names differ by _seedN only are repetitions of one distillation, and one row. What cannot be measured is
+said in a line, shows as "failed" or "not run" in the table, and makes the exit status 2.
 """
 
 import argparse
+import copy
+import csv
+import itertools
 import json
+import math
+import re
+import time
 from pathlib import Path
 
 import torch
@@ -32,16 +42,31 @@ ROWS = {  # names of the table's rows, in its order; other sets follow under the
     "subset_random": "random subset",
     "subset_sas": "SAS subset",
     "subset_high_loss": "high-loss subset",
-    "subset_random_lr_from_mkdt_random": "random subset, lr of MKDT",
+    "krr_st_random": "KRR-ST",
+    "subset_random_lr_from_mkdt_random": "random subset, lr of MKDT (random init)",
+    "subset_high_loss_lr_from_mkdt_high_loss": "high-loss subset, lr of MKDT",
     "mkdt_random": "MKDT (random init)",
     "mkdt_high_loss": "MKDT",
+    "mkdt_high_loss_1000": "MKDT, 1000 iterations",
     "full": "full data",
 }
-
+OBJECTIVES = {  # of the pre-training, and how a row says it
+    "kd": "",
+    "krr_st": "pre-trained as in KRR-ST",
+    "barlow_twins": "pre-trained by Barlow Twins",
+    "simclr": "pre-trained by SimCLR",
+}
 SSL = {  # SSL objectives of the encoder's outputs for two views; weights as in train_teacher.py
     "barlow_twins": lambda z1, z2: common.barlow_twins_loss(z1, z2, off_diagonal=8 / 1024),
     "simclr": lambda z1, z2: common.simclr_loss(z1, z2, temperature=0.5),
 }
+KRR_ST = dict(epochs=1000, lr=0.1, momentum=0.9, weight_decay=1e-3)  # its own recipe, for any set's targets
+FINETUNE = {  # recipes of full fine-tuning, all SGD with momentum 0.9 and cosine decay, batches of 256
+    "finetune": dict(epochs=50, lr=0.05, backbone=1.0, weight_decay=0.0, augment=False),  # MKDT's authors
+    "finetune_slow": dict(epochs=50, lr=0.05, backbone=0.1, weight_decay=0.0, augment=False),  # before that
+    "finetune_krr_st": dict(steps=10_000, lr=0.01, backbone=1.0, weight_decay=5e-4, augment=True),
+}
+PAPER = Path(__file__).parent / "results" / "paper.csv"
 SEEDS = 1_000_000  # encoder seeds start here, far from those of the experts
 
 
@@ -54,7 +79,11 @@ def parse_args(argv=None):
     data.add_argument("--image_size", type=positive, help="pixels (default: the data set's, imagefolder 32)")
     data.add_argument("--limit", type=positive, help="use only so many images of each split, evenly spaced")
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
-    data.add_argument("--sets", nargs="+", help="of OUT/sets, none, full (default: none, all, full)")
+    sets = "rows: NAME or NAME:OBJECTIVE, of OUT/sets, none, full (default: none, all, full)"
+    data.add_argument("--sets", nargs="+", help=sets)
+    data.add_argument("--name", default="results", help="of the table and the figure")
+    paper = "table1 ... table7: also show the paper's figures, from results/paper.csv"
+    data.add_argument("--paper", choices=[f"table{i}" for i in range(1, 8)], metavar="TABLE", help=paper)
     net = parser.add_argument_group("encoder f_S, as in train_experts.py, or a larger one (Table 5)")
     net.add_argument("--arch", choices=["convnet", "resnet10", "resnet18"], default="convnet", help="network")
     net.add_argument(
@@ -63,18 +92,23 @@ def parse_args(argv=None):
     net.add_argument("--width", type=positive, help="channels (default: 128; of a ResNet's first stage 64)")
     net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     pre = parser.add_argument_group("pre-training (eq. 9)")
-    objectives = "kd: MSE to the set's targets; or SSL on its images alone, a row each"
-    pre.add_argument("--pretrain", nargs="+", choices=["kd", *SSL], default=["kd"], help=objectives)
+    objectives = "kd: MSE to the targets; krr_st: that with KRR-ST's recipe; or SSL on the images; a row each"
+    pre.add_argument("--pretrain", nargs="+", choices=OBJECTIVES, default=["kd"], help=objectives)
     pre.add_argument("--epochs", type=positive, default=20, help="over the set")
     pre.add_argument("--batch_size", type=positive, default=256, help="images a step")
     pre.add_argument("--lr", type=number, default=0.1, help="for full data; a set brings its own, alpha_syn")
     pre.add_argument("--momentum", type=number, default=0.9, help="of SGD")
     pre.add_argument("--weight_decay", type=number, default=1e-4, help="of SGD")
     pre.add_argument("--ssl_lr", type=number, default=1e-3, help="of Adam, for SSL (appendix A.2)")
-    probe = parser.add_argument_group("linear probe (eq. 3)")
+    probe = parser.add_argument_group("linear probe (eq. 3), or full fine-tuning (appendix B)")
+    protocols = "finetune: as MKDT's authors; _slow: with a tenth of the lr for the body; _krr_st: as KRR-ST"
+    probe.add_argument("--protocol", choices=["linear", *FINETUNE], default="linear", help=protocols)
+    probe.add_argument("--finetune_steps", type=positive, help="default: 50 epochs; krr_st 10000 or 5000")
     probe.add_argument("--downstream", nargs="+", help="D_d, its data sets (default: --dataset)")
-    probe.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.05], help="labelled part")
+    labelled = "labelled part (default: 0.01 0.05; fine-tuning: 1)"
+    probe.add_argument("--fractions", type=number, nargs="+", help=labelled)
     probe.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="of weights and labels")
+    probe.add_argument("--label_seed", type=natural, help="one draw of labels for all (default: by --seeds)")
     probe.add_argument(
         "--label_draw", choices=["uniform", "balanced"], default="uniform", help="paper: uniform"
     )
@@ -85,13 +119,20 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
     args.downstream = args.downstream or [args.dataset]
-    for option in (
-        "pretrain",
-        "downstream",
-        "fractions",
-        "seeds",
-    ):  # each once, or the table would count it twice
-        setattr(args, option, list(dict.fromkeys(getattr(args, option))))
+    args.fractions = args.fractions or ([0.01, 0.05] if args.protocol == "linear" else [1.0])
+    for option in ("sets", "pretrain", "downstream", "fractions", "seeds"):  # each once
+        if getattr(args, option):
+            setattr(args, option, list(dict.fromkeys(getattr(args, option))))
+    for fraction in args.fractions:
+        if not 0 < fraction <= 1:
+            common.fail(f"--fractions {fraction:g}: choose parts of the labels above 0, at most 1")
+    for row in args.sets or []:
+        if not re.fullmatch(rf"\w[\w.+-]*(:({'|'.join(OBJECTIVES)}))?", row):
+            common.fail(f"--sets {row!r}: choose NAME or NAME:OBJECTIVE, that one of {', '.join(OBJECTIVES)}")
+    for name in args.downstream:
+        common.parse_dataset(name, args.data_dir)
+    if not re.fullmatch(r"\w[\w.+-]*", args.name):
+        common.fail(f"--name {args.name!r}: choose letters, digits, and . + - _ within")
     args.width = args.width or (128 if args.arch == "convnet" else 64)
     return args
 
@@ -109,29 +150,33 @@ def make_encoder(args, out_dim, image_size, channels):
 def pretrain(net, objective, images, targets, stats, lr, args, seed):
     """Train net in place on a set: by SGD on the MSE to its targets (objective "kd", eq. 9), or by SSL.
 
-    SSL sees the images alone, in two random views, and trains by Adam, as the paper does (appendix
-    A.2). images (S, C, H, W) are normalised by stats, the data set's mean and std, or uint8.
-    """
+    "krr_st" is "kd" with the recipe of KRR-ST (Lee et al., ICLR 2024). SSL sees the images alone, in two
+    random views, and trains by Adam, as the paper does (appendix A.2). images (S, C, H, W) are normalised by
+    stats, the data set's mean and std, or uint8."""
+    epochs = KRR_ST["epochs"] if objective == "krr_st" else args.epochs
     net.train()
     order = torch.Generator().manual_seed(seed)
     draws = torch.Generator(args.device).manual_seed(seed)
     flip = common.DATASETS[args.dataset.partition(":")[0]].flip
-    if objective == "kd":
-        optimizer = torch.optim.SGD(net.parameters(), lr, args.momentum, weight_decay=args.weight_decay)
-    else:
+    if objective in SSL:
         optimizer = torch.optim.Adam(net.parameters(), args.ssl_lr, weight_decay=1e-6)
+    elif objective == "krr_st":
+        momentum, weight_decay = KRR_ST["momentum"], KRR_ST["weight_decay"]
+        optimizer = torch.optim.SGD(net.parameters(), KRR_ST["lr"], momentum, weight_decay=weight_decay)
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), lr, args.momentum, weight_decay=args.weight_decay)
 
     def loss_fn(x, z):
-        if objective == "kd":
+        if objective not in SSL:
             return F.mse_loss(net(common.normalise(x, *stats) if x.dtype == torch.uint8 else x), z)
         x = x if x.dtype == torch.uint8 else common.denormalise(x, *stats)
         views = [common.random_view(x, draws, flip=flip) for _ in range(2)]
         return SSL[objective](*(net(common.normalise(view, *stats)) for view in views))
 
-    for _ in range(args.epochs):
+    for _ in range(epochs):
         for batch in torch.randperm(len(images), generator=order).to(images.device).split(args.batch_size):
-            if objective != "kd" and len(batch) < 2:
-                continue  # nothing to contrast it with
+            if len(batch) < 2 and (objective in SSL or any(True for _ in net.buffers())):
+                continue  # nothing to contrast it with, or to take BatchNorm's statistics over
             loss = loss_fn(images[batch], targets[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -153,9 +198,10 @@ def label_order(labels, label_draw, seed):
     return order
 
 
-def probe(net, train, test, fractions, label_draw, seed):
+def probe(net, train, test, fractions, args, seed):
     """Test accuracy in percent of linear probes on net's features (eq. 3), {labelled fraction: accuracy}."""
-    order = label_order(train.labels, label_draw, seed)[: int(max(fractions) * len(train.labels))]
+    order = label_order(train.labels, args.label_draw, seed if args.label_seed is None else args.label_seed)
+    order = order[: int(max(fractions) * len(order))]
     net.eval()  # for both splits; the authors take the training features in train mode
     features = common.encode(net.features, train.images[order], train.mean, train.std)
     test_features = common.encode(net.features, test.images, train.mean, train.std)
@@ -165,6 +211,70 @@ def probe(net, train, test, fractions, label_draw, seed):
         accuracies[fraction] = common.probe_accuracy(
             features[:n], train.labels[order[:n]], test_features, test.labels
         )
+    return accuracies
+
+
+def random_crop(images, generator, flip):
+    """Each image (B, C, H, W), padded by an eighth, cut at a random place; half of them mirrored if flip."""
+    b, _, size, _ = images.shape
+    padding = size // 8  # 4 at 32 px
+    x = F.pad(images, [padding] * 4)
+    top, left = torch.randint(2 * padding + 1, (2, b, 1), generator=generator, device=x.device)
+    at = torch.arange(size, device=x.device)  # (H,)
+    columns = left + at  # (B, W)
+    if flip:
+        mirrored = torch.rand(b, 1, generator=generator, device=x.device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    index = torch.arange(b, device=x.device).view(b, 1, 1)
+    return x[index, :, (top + at)[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def finetune(net, name, train, test, fractions, args, seed):
+    """Test accuracy in percent after training net and a new head (appendix B), {labelled fraction: accuracy}.
+
+    name is the downstream set's; net itself is left as it is. Labels are drawn as for the probe.
+    """
+    recipe = FINETUNE[args.protocol]
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+    order = label_order(train.labels, args.label_draw, seed if args.label_seed is None else args.label_seed)
+    flip, stats = common.DATASETS[name.partition(":")[0]].flip, (train.mean, train.std)
+    accuracies = {}
+    for fraction in fractions:
+        labelled = order[: int(fraction * len(order))]
+        torch.manual_seed(SEEDS + seed)
+        body = copy.deepcopy(net)
+        head = nn.Linear(common.encode(body.features, train.images[:1], *stats).shape[1], num_classes)
+        head.to(args.device)
+        parts = [
+            {"params": body.parameters(), "lr": recipe["lr"] * recipe["backbone"]},
+            {"params": head.parameters(), "lr": recipe["lr"]},
+        ]
+        optimizer = torch.optim.SGD(parts, momentum=0.9, weight_decay=recipe["weight_decay"])
+        if "steps" in recipe:  # half as many for the small sets
+            steps = recipe["steps"] // (1 if name in ("cifar10", "cifar100", "tinyimagenet") else 2)
+        else:
+            steps = recipe["epochs"] * math.ceil(len(labelled) / 256)
+        steps = args.finetune_steps or steps
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        draws = torch.Generator(args.device).manual_seed(SEEDS + seed)
+        body.train()
+        batches = []
+        for _ in range(steps):
+            if not batches:
+                shuffled = torch.randperm(len(labelled), generator=draws, device=args.device)
+                batches = list(labelled[shuffled].split(256))
+            batch = batches.pop(0)
+            if len(batch) < 2 and any(True for _ in body.buffers()):
+                continue  # as in pretrain
+            x = random_crop(train.images[batch], draws, flip) if recipe["augment"] else train.images[batch]
+            loss = F.cross_entropy(head(body.features(common.normalise(x, *stats))), train.labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        body.eval()
+        scores = head(common.encode(body.features, test.images, *stats))
+        accuracies[fraction] = 100 * (scores.argmax(1) == test.labels).float().mean().item()
     return accuracies
 
 
@@ -205,14 +315,19 @@ def load_downstream(name, args, channels):
         common.fail(
             f"--downstream {name}: has {train.images.shape[1]} colour channels, the student {channels}"
         )
-    for fraction in args.fractions:
-        if not 0 < fraction <= 1 or int(fraction * len(train.images)) < 1:
-            common.fail(
-                f"--fractions {fraction}: is none of the {len(train.images)} labelled images of {name}, or "
-                "more than all; choose one above 0, at most 1"
-            )
     return tuple(part._replace(images=part.images.to(args.device), labels=part.labels.to(args.device))
                  for part in (train, test))  # fmt: skip
+
+
+def num_labelled(name, fraction, train):
+    """How many images of a downstream set a fraction is; exits if none."""
+    n = int(fraction * len(train.images))
+    if n < 1:
+        common.fail(
+            f"--fractions {fraction:g}: is none of the {len(train.images)} labelled images of {name}; choose "
+            f"{1 / len(train.images):.2g} or more"
+        )
+    return n
 
 
 def key(record):
@@ -240,70 +355,171 @@ def read_results(path):
     return records
 
 
+def find_rows(folder, asked, objectives):
+    """The table's rows in its order, {(name, objective): names of its sets}.
+
+    The sets NAME, NAME_seed1, NAME_seed2 ... are one row; a set asked for by its own seed stands for itself.
+    asked: NAME or NAME:OBJECTIVE each (a set of the name need not be there), or None for all that are there;
+    objectives: those of rows that name none.
+    """
+    there = sorted(path.stem for path in folder.glob("*.pt"))
+    asked = asked or ["none", *(re.sub(r"_seed\d+$", "", name) for name in there), "full"]
+    order = list(ROWS)
+
+    def place(row):
+        name = row.partition(":")[0]
+        return order.index(name) if name in order else len(order) - 1.5, name  # others before full data
+
+    rows = {}
+    for row in sorted(dict.fromkeys(asked), key=place):
+        name, _, objective = row.partition(":")
+        sets = [s for s in there if re.fullmatch(rf"{re.escape(name)}(_seed\d+)?", s)] or [name]
+        for o in [objective] if objective else objectives:
+            rows[name, "none" if name == "none" else o] = sets
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables and figure
+# ------------------------------------------------------------------------------------------------------------
+
+
 def row_title(row):
     """The table's name of a pair (set, objective)."""
     name, objective = row
-    return ROWS.get(name, name) + (f", {objective}" if objective in SSL else "")
+    how = OBJECTIVES.get(objective)
+    return ROWS.get(name, name) + (f", {how}" if how else "")
 
 
-def make_table(cells, sets, downstream, fractions, seeds):
-    """Markdown, a row a set, a column a data set and fraction: mean ± std (divisor n - 1) over the seeds.
+def complete(values):
+    """(sets, seeds) without the seeds that failed (NaN) for any set."""
+    return values[:, ~values.isnan().any(0)]
 
-    Below it, each set's difference to the random subset, paired by seed, mean ± standard error: both see the
-    same labelled images, whose draw makes most of the std.
-    sets are pairs (name, objective); cells: {(set, downstream, fraction, seed): accuracy in percent}.
+
+def spread(values):
+    """Mean, std and standard error of accuracies (sets, seeds), as text with at most two ±.
+
+    A set is one distillation, a seed one evaluation. std (divisor n - 1) is that over the seeds, within a
+    set; with several sets, the std of their means follows. The standard error takes sets and seeds for random
+    draws: its square is var(means over seeds) / sets + var(means over sets) / seeds.
     """
-    columns = [(d, f) for d in downstream for f in fractions]
-    titles = [f"{common.run_name(d)}, {100 * f:g} % labels" for d, f in columns]
+    sets, seeds = values.shape
+    std = f" ± {values.var(1).mean().sqrt():.2f}" if seeds > 1 else ""
+    std += f", sets ± {values.mean(1).std():.2f}" if sets > 1 else ""
+    variance = values.mean(0).var() / seeds if seeds > 1 else torch.tensor(0.0)
+    variance = variance + (values.mean(1).var() / sets if sets > 1 else 0.0)
+    return values.mean(), std, f" ± {variance.sqrt():.2f}" if seeds > 1 or sets > 1 else ""
 
-    def table(head, rows, cell):
-        lines = [f"| {head} | " + " | ".join(titles) + " |", "|---|" + "---|" * len(columns)]
-        for row in rows:
-            lines.append(f"| {row_title(row)} | " + " | ".join(cell(row, *c) for c in columns) + " |")
-        return "\n".join(lines) + "\n"
 
-    def values(row, d, f):
-        return torch.tensor([cells[row, d, f, seed] for seed in seeds])
+def read_paper(table, dataset, arch):
+    """A table of the paper, {(pre-training set, row, downstream, fraction): (mean ± std, source)}.
 
-    def accuracy(row, d, f):
-        v = values(row, d, f)
-        return f"{v.mean():.2f} ± {v.std():.2f}" if len(v) > 1 else f"{v.mean():.2f}"
+    They are those of the run's own pre-training set; or, for digits and one's own images, which the paper
+    does not have, those of the table's first, to stand beside. Of Tables 3 and 4 there are none.
+    """
+    with open(PAPER, newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["table"] == table and line["arch"] == arch]
+    own = dataset.partition(":")[0] in ("digits", "imagefolder")
+    wanted = lines[0]["pretraining_set"] if own and lines else dataset
+    return {
+        (wanted, line["row"], d, float(line["labels"])): (line[d], line["source"])
+        for line in lines
+        for d in common.DATASETS
+        if line["pretraining_set"] == wanted and line.get(d)
+    }
 
+
+def make_tables(cells, rows, downstream, fractions, paper, dataset):
+    """Markdown, a table a downstream set, a row a (set, objective), columns for each labelled fraction:
+    accuracy, mean ± std; difference to the random subset, paired by seed, ± standard error, for both see the
+    same labelled images, whose draw makes most of the std; the paper's figure, if it has one.
+
+    cells: {(row, downstream, fraction): (sets, seeds) accuracies in percent, NaN where one failed, or None if
+    there is no such set}; paper: read_paper's, dataset: the run's pre-training set.
+    """
     base = ("subset_random", "kd")
 
+    def accuracy(row, d, f):
+        if cells[row, d, f] is None:
+            return "not run"
+        values = complete(cells[row, d, f])
+        if values.numel() == 0:
+            return "failed"
+        mean, std, _ = spread(values)
+        failed = cells[row, d, f].shape[1] - values.shape[1]
+        return f"{mean:.2f}{std}" + (f" ({failed} seeds failed)" if failed else "")
+
     def difference(row, d, f):
-        v = values(row, d, f) - values(base, d, f)
-        return f"{v.mean():+.2f} ± {v.std() / len(v) ** 0.5:.2f}" if len(v) > 1 else f"{v.mean():+.2f}"
+        values, others = cells[row, d, f], cells[base, d, f]
+        if row == base or values is None or others is None:
+            return ""
+        paired = values.shape == others.shape
+        values = complete(values - (others if paired else others.mean(0)))
+        if values.numel() == 0:
+            return ""
+        mean, _, error = spread(values)
+        return f"{mean:+.2f}{error}"
 
-    tables = table("pre-training set", sets, accuracy)
-    if base in sets:
-        others = [row for row in sets if row != base]
-        tables += "\n" + table("difference to random subset", others, difference)
-    return tables
+    def published(where):
+        """A column of paper, where = (pre-training set, downstream, fraction)."""
+
+        def text(row, *_):
+            figure, _ = paper.get((where[0], row[0], *where[1:]), ("", ""))
+            return figure if row[1] in ("kd", "none") else ""
+
+        return text
+
+    tables = []
+    for d in downstream:
+        columns = []  # (head, function of (row, d, f), f)
+        known = {(where[0], *where[2:]): source for where, (_, source) in paper.items()}
+        for f in fractions:
+            columns.append((f"{100 * f:g} % labels", accuracy, f))
+            if base in rows and len(rows) > 1:
+                columns.append(("difference", difference, f))
+            if (dataset, d, f) in known:
+                columns.append((known[dataset, d, f], published((dataset, d, f)), f))
+        for where, source in known.items():
+            if d == dataset and where[0] == where[1] != dataset:  # to stand beside
+                columns.append((f"{source}: {where[0]}, {100 * where[2]:g} %", published(where), None))
+        heads = [f"pre-training set; labels of {common.run_name(d)}", "n", *(head for head, _, _ in columns)]
+        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for row in rows:
+            values = cells[row, d, fractions[0]]
+            num_sets, seeds = (0, 0) if values is None else values.shape
+            n = f"{num_sets} x {seeds}" if num_sets > 1 else f"{seeds}"
+            texts = [row_title(row), n, *(text(row, d, f) for _, text, f in columns)]
+            lines.append(f"| {' | '.join(texts)} |")
+        tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
 
 
-def save_figure(path, cells, rows, downstream, fractions, seeds):
+def save_figure(path, cells, rows, downstream, fractions):
     """Accuracy against the labelled fraction, a line and its std over the seeds a row, a panel a data set."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"{path} is left out: it needs matplotlib (pip install matplotlib)")
         return
-    figure = Figure(figsize=(4 * len(downstream) + 2, 4), layout="constrained")
+    figure = Figure(figsize=(4 * len(downstream) + 3, 4), layout="constrained")
     fractions = sorted(fractions)
     percent = [100 * f for f in fractions]
     for panel, d in zip(figure.subplots(1, len(downstream), squeeze=False)[0], downstream):
         for row in rows:
-            values = torch.tensor([[cells[row, d, f, seed] for seed in seeds] for f in fractions])
-            spread = values.std(1) if len(seeds) > 1 else None
-            panel.errorbar(percent, values.mean(1), spread, label=row_title(row), capsize=3)
+            values = [cells[row, d, f] for f in fractions]
+            if any(v is None for v in values):
+                continue
+            values = [complete(v) for v in values]
+            means = torch.stack([v.mean() for v in values])
+            stds = torch.stack([v.var(1).mean().sqrt() for v in values]) if values[0].shape[1] > 1 else None
+            panel.errorbar(percent, means, stds, label=row_title(row), capsize=3)
         panel.set(
             title=common.run_name(d), xlabel="labelled images in %", ylabel="accuracy in %", xscale="log"
         )
         panel.set_xticks(percent, [f"{p:g}" for p in percent])
         panel.minorticks_off()
     panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    temporary = path.with_name("results.tmp.png")
+    temporary = path.with_name(f"{path.stem}.tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(path)
 
@@ -311,31 +527,37 @@ def save_figure(path, cells, rows, downstream, fractions, seeds):
 def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
+    paper = read_paper(args.paper, args.dataset, args.arch) if args.paper else {}
     train, all_targets, made = common.load_targets(
         args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit
     )
     channels, px = train.images.shape[1:3]
     stats = (train.mean, train.std)
+    failures = []
 
-    # What is compared: name -> (images, targets, lr), or None for a student that is not pre-trained.
-    names = args.sets or ["none", *(path.stem for path in (args.out_dir / "sets").glob("*.pt")), "full"]
-    order = list(ROWS)  # other sets come before full data
-    names = sorted(
-        set(names), key=lambda name: (order.index(name) if name in order else len(order) - 1.5, name)
-    )
-    sets = {}
-    for name in names:
-        if name == "none":
-            sets[name] = None
-        elif name == "full":
-            sets[name] = (train.images, all_targets, args.lr)
-        else:
-            sets[name] = load_set(
-                args.out_dir / "sets" / f"{name}.pt", channels, px, all_targets.shape[1], made["targets_id"]
-            )
-    downstream = {}  # name -> (train ImageSet, test ImageSet)
-    for name in args.downstream:
-        downstream[name] = load_downstream(name, args, channels)
+    def attempt(function, *arguments):
+        """function(*arguments), or None where it exits with an error: its line is said, the rest goes on."""
+        try:
+            return function(*arguments)
+        except SystemExit as error:
+            failures.append(error)
+            return None
+
+    rows = find_rows(args.out_dir / "sets", args.sets, args.pretrain)
+    sets = {"none": (None, None, None), "full": (train.images, all_targets, args.lr)}
+    for name in sum(rows.values(), []):
+        if name not in sets:
+            path = args.out_dir / "sets" / f"{name}.pt"
+            sets[name] = attempt(load_set, path, channels, px, all_targets.shape[1], made["targets_id"])
+    set_id = {name: common.fingerprint(*parts) for name, parts in sets.items() if parts and name != "none"}
+    downstream, fractions = {}, {}  # name -> (train ImageSet, test ImageSet); name -> labelled parts
+    for d in args.downstream:
+        parts = attempt(load_downstream, d, args, channels)
+        if parts:
+            downstream[d] = parts
+            fractions[d] = [f for f in args.fractions if attempt(num_labelled, d, f, parts[0])]
+    if not any(fractions.values()) or not any(sets[name] for members in rows.values() for name in members):
+        raise SystemExit(2)  # nothing is left to measure
     data_id = {
         name: common.fingerprint(*(tensor for part in parts for tensor in (part.images, part.labels)))
         for name, parts in downstream.items()
@@ -343,62 +565,94 @@ def main(args):
 
     # An accuracy is known if results.jsonl has it for these options, this very set and these very images.
     results = args.out_dir / "results.jsonl"
-    of_cell = ("dataset", "sets", "lr", "pretrain", "downstream", "fractions", "seeds")  # the record's
+    of_cell = ("dataset", "sets", "lr", "pretrain", "downstream", "fractions", "seeds", "paper")
     options = {name: value for name, value in common.recipe(vars(args)).items() if name not in of_cell}
     options["targets_id"] = made["targets_id"]
     known = {
         key(record): record["accuracy"] for record in read_results(results) if record["options"] == options
     }
     log = common.Log(args.out_dir, "evaluate", vars(args))
-    rows = [(name, objective) for name in sets for objective in (args.pretrain if sets[name] else ["none"])]
-    cells, done = {}, 0
-    for name, objective in rows:
-        contents = sets[name]
-        set_id = common.fingerprint(*contents) if contents else "none"
-        for seed in args.seeds:
-            cell = {"set": name, "set_id": set_id, "pretrain": objective, "seed": seed}
-            records = {
-                (d, f): {**cell, "downstream": d, "data_id": data_id[d], "fraction": f}
-                for d in downstream
-                for f in args.fractions
-            }
-            missing = [d for d in downstream if any(key(records[d, f]) not in known for f in args.fractions)]
-            if missing:
-                # Not the seeds of the experts, or an encoder would start where an expert did.
-                torch.manual_seed(SEEDS + seed)
-                net = make_encoder(args, all_targets.shape[1], px, channels).to(args.device)
-                if contents:
-                    images, targets = (tensor.to(args.device) for tensor in contents[:2])
-                    pretrain(net, objective, images, targets, stats, contents[2], args, SEEDS + seed)
-                if not all(p.isfinite().all() for p in net.parameters()):
-                    lr = args.ssl_lr if objective in SSL else contents[2]
-                    common.fail(
-                        f"pre-training on {name} by {objective} diverged: its lr, {lr:.3g}, is too large"
-                    )
-            for d in missing:
-                for f, accuracy in probe(net, *downstream[d], args.fractions, args.label_draw, seed).items():
-                    record = records[d, f]
-                    if key(record) not in known:
-                        known[key(record)] = accuracy
-                        line = json.dumps({**record, "accuracy": accuracy, "options": options})
-                        with open(results, "a", encoding="utf-8") as file:
-                            file.write(line + "\n")
-            for (d, f), record in records.items():
-                cells[(name, objective), d, f, seed] = known[key(record)]
-            done += 1
-            log.say(f"encoder {log.progress(done, len(rows) * len(args.seeds))}: {name}, seed {seed}")
 
-    table = make_table(cells, rows, list(downstream), args.fractions, args.seeds)
+    def encoder(name, objective, seed):
+        """A fresh encoder, pre-trained on a set."""
+        images, targets, lr = sets[name]
+        torch.manual_seed(SEEDS + seed)  # not the experts' seeds: one would start where an expert did
+        net = make_encoder(args, all_targets.shape[1], px, channels).to(args.device)
+        if images is not None:
+            images, targets = images.to(args.device), targets.to(args.device)
+            pretrain(net, objective, images, targets, stats, lr, args, SEEDS + seed)
+        if not all(p.isfinite().all() for p in net.parameters()):
+            lr = {"kd": lr, "krr_st": KRR_ST["lr"]}.get(objective, args.ssl_lr)
+            common.fail(f"pre-training on {name} by {objective}, seed {seed}, diverged: its lr is {lr:.3g}")
+        return net
+
+    def records(name, objective, seed):
+        """What results.jsonl says of the accuracies of a set and a seed, {(downstream, fraction): record}."""
+        cell = {"set": name, "set_id": set_id.get(name, "none"), "pretrain": objective, "seed": seed}
+        where = [(d, f) for d in downstream for f in fractions[d]]
+        return {(d, f): {**cell, "downstream": d, "data_id": data_id[d], "fraction": f} for d, f in where}
+
+    def accuracy(record):
+        return known.get(key(record), math.nan) if record else math.nan
+
+    def measure(name, objective, seed):
+        """Adds to results.jsonl and to known what is missing there of a set and a seed."""
+        cells, began = records(name, objective, seed), time.time()
+        missing = list(dict.fromkeys(d for (d, _), record in cells.items() if key(record) not in known))
+        if not missing:
+            return
+        net = encoder(name, objective, seed)
+        log.write(set=name, pretrain=objective, seed=seed, pretrain_seconds=round(time.time() - began, 3))
+        for d in missing:
+            if args.protocol == "linear":
+                accuracies = probe(net, *downstream[d], fractions[d], args, seed)
+            else:
+                accuracies = finetune(net, d, *downstream[d], fractions[d], args, seed)
+            for f, value in accuracies.items():
+                record = cells[d, f]
+                if key(record) not in known:
+                    known[key(record)] = value
+                    line = json.dumps({**record, "accuracy": value, "options": options})
+                    with open(results, "a", encoding="utf-8") as file:
+                        file.write(line + "\n")
+
+    total, done, cells = len(args.seeds) * sum(len(members) for members in rows.values()), 0, {}
+    for (row, objective), members in rows.items():
+        members = [name for name in members if sets[name]]
+        for name in members:
+            for seed in args.seeds:
+                attempt(measure, name, objective, seed)
+                done += 1
+                log.say(f"encoder {log.progress(done, total)}: {name}, seed {seed}")
+        for d, f in itertools.product(downstream, args.fractions):
+            values = [
+                [accuracy(records(name, objective, seed).get((d, f))) for seed in args.seeds]
+                for name in members
+            ]
+            cells[(row, objective), d, f] = torch.tensor(values) if members else None
+
+    tables = make_tables(cells, list(rows), list(downstream), args.fractions, paper, args.dataset)
+    judged = "Linear probe" if args.protocol == "linear" else f"Full fine-tuning ({args.protocol})"
     caption = (
-        f"Linear-probe accuracy in % on the {args.split} split, mean ± std (divisor n - 1) over n = "
-        f"{len(args.seeds)} seeds; differences are paired by seed, ± standard error. Pre-training on "
-        f"{common.run_name(args.dataset)} for {args.epochs} epochs."
+        f"{judged} of {args.arch} encoders pre-trained on {common.run_name(args.dataset)} for {args.epochs} "
+        f"epochs: accuracy in % on the {args.split} split, mean ± std (divisor n - 1); n: seeds of weights, "
+        "order and labels, or sets x seeds. Differences to the random subset are paired by seed, ± standard "
+        "error. Rows that name no other way are pre-trained by MSE to the set's targets (KD)."
     )
-    temporary = args.out_dir / "results.md.tmp"
-    temporary.write_text(f"{table}\n{caption}\n", encoding="utf-8")
-    temporary.replace(args.out_dir / "results.md")
-    save_figure(args.out_dir / "results.png", cells, rows, list(downstream), args.fractions, args.seeds)
-    print(f"\n{table}\n{caption}\nwrote {args.out_dir / 'results.md'} and results.jsonl")
+    if args.paper:
+        found = (
+            "three seeds, std with divisor n, from results/paper.csv"
+            if paper
+            else "not known to this repository"
+        )
+        caption += f" The paper's figures: {found}."
+    temporary = args.out_dir / f"{args.name}.md.tmp"
+    temporary.write_text(f"{tables}\n{caption}\n", encoding="utf-8")
+    temporary.replace(args.out_dir / f"{args.name}.md")
+    save_figure(args.out_dir / f"{args.name}.png", cells, list(rows), list(downstream), args.fractions)
+    print(f"\n{tables}\n{caption}\nwrote {args.out_dir / args.name}.md and results.jsonl")
+    if failures:
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -128,25 +128,20 @@ def test_results(run_dir):
         (s, f, seed) for s in sets for f in (0.2, 0.4) for seed in (0, 1)
     }
     assert len(records) == 24 and all(0 <= r["accuracy"] <= 100 for r in records)
-    table = (run_dir / "results.md").read_text()
-    rows = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if line.startswith("| ")]
-    names = [
-        "no pre-training",
-        "random subset",
-        "high-loss subset",
-        "MKDT (random init)",
-        "MKDT",
-        "full data",
-    ]
-    others = [name for name in names if name != "random subset"]
-    assert rows == ["pre-training set", *names, "difference to random subset", *others]
-    values = torch.tensor([r["accuracy"] for r in records if r["set"] == "none" and r["fraction"] == 0.2])
-    assert f"| no pre-training | {values.mean():.2f} ± {values.std():.2f} |" in table
-    base = torch.tensor(
-        [r["accuracy"] for r in records if r["set"] == "subset_random" and r["fraction"] == 0.2]
-    )
-    d = values - base
-    assert f"| no pre-training | {d.mean():+.2f} ± {d.std() / 2**0.5:.2f} |" in table
+    table = [line.strip("| ").split(" | ") for line in (run_dir / "results.md").read_text().splitlines()[:8]]
+    assert table[0] == [
+        "pre-training set; labels of digits", "n", "20 % labels", "difference", "40 % labels", "difference"
+    ]  # fmt: skip
+    assert [line[0] for line in table[2:]] == [
+        "no pre-training", "random subset", "high-loss subset", "MKDT (random init)", "MKDT", "full data"
+    ]  # fmt: skip
+    values = {
+        name: torch.tensor([r["accuracy"] for r in records if r["set"] == name and r["fraction"] == 0.2])
+        for name in ("none", "subset_random")
+    }
+    none, d = values["none"], values["none"] - values["subset_random"]
+    expected = ["2", f"{none.mean():.2f} ± {none.std():.2f}", f"{d.mean():+.2f} ± {d.std() / 2**0.5:.2f}"]
+    assert table[2][1:4] == expected
 
 
 def test_figure(copy, stage, capsys, monkeypatch):
@@ -281,6 +276,26 @@ def test_sas_subset(copy, stage, capsys):
     refuses(capsys, lambda: stage("distill", many), "--num_latent_classes 151", "150")
 
 
+def test_krr_st(copy, stage, monkeypatch):
+    """Images and targets are learnt, the loss falls, and students start anew after --pool_steps steps."""
+    made, init = [], distill.PoolStudent.__init__
+    monkeypatch.setattr(distill.PoolStudent, "__init__", lambda *words: (made.append(words), init(*words))[1])
+    pool = ["--pool_size", "2", "--pool_steps", "5", "--batch_real", "100", "--lr_img", "0.02"]
+    run = [*DATA, "--width", "8", "--fraction", "0.1", "--out_dir", copy, "--method", "krr_st", *pool]
+    stage("distill", [*run, "--iters", "40"])
+    contents, real = read(copy / "sets/krr_st_random.pt"), read(copy / "targets.pt")["targets"]
+    assert (contents["targets"] != real[contents["indices"]]).any() and contents["lr"] == pytest.approx(0.1)
+    records = [json.loads(line) for line in (copy / "distill_krr_st_random.jsonl").read_text().splitlines()]
+    losses = [r["regression_loss"] for r in records[1:]]
+    assert len(losses) == 40 and sum(losses[-10:]) < sum(losses[:10])
+    # The counter is reset: it runs up to 5 and starts again at 0, in every student of the pool.
+    steps = {k: [r["steps"] for r in records[1:] if r["student"] == k] for k in (0, 1)}
+    for counts in steps.values():
+        assert all(b == (a + 1) % 6 for a, b in zip(counts, counts[1:]))
+    assert len(made) == 2 + sum(r["steps"] == 5 for r in records[1:]) > 4
+    assert len({words[2] for words in made}) == len(made)  # each with a seed of its own
+
+
 def test_lr_stays_positive(copy, stage):
     stage(
         "distill",
@@ -318,15 +333,27 @@ def test_larger_encoders(copy, stage, options):
 
 def test_ssl_on_the_images_of_a_set(copy, stage, capsys):
     """Both objectives of a set as rows of one table; no pre-training stays one row."""
+    before = (copy / "results.jsonl").read_text()
     run = [*EVALUATE, "--out_dir", copy, "--sets", "none", "subset_random", "full"]
     stage("evaluate", [*run, "--pretrain", "kd", "simclr", "barlow_twins"])
+    assert (copy / "results.jsonl").read_text().startswith(before)
     table = (copy / "results.md").read_text()
-    for row in ("no pre-training", "random subset", "random subset, simclr", "full data, barlow_twins"):
+    for row in (
+        "no pre-training",
+        "random subset",
+        "random subset, pre-trained by SimCLR",
+        "full data, pre-trained by Barlow Twins",
+    ):
         assert f"| {row} | " in table
-    assert table.count("| no pre-training") == 2 and "no pre-training," not in table  # once in each table
+    assert table.count("| no pre-training") == 1 and "no pre-training," not in table
+    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "none", "full", "subset_random:simclr"])
+    rows = [line.split(" | ")[0].strip("| ") for line in (copy / "results.md").read_text().splitlines()[2:5]]
+    assert rows == ["no pre-training", "random subset, pre-trained by SimCLR", "full data"]
+    run = [*EVALUATE, "--out_dir", copy, "--sets", "subset_random:gan"]
+    refuses(capsys, lambda: stage("evaluate", run), "--sets", "subset_random:gan", "simclr")
 
 
-@pytest.mark.parametrize("objective", ["kd", "simclr", "barlow_twins"])
+@pytest.mark.parametrize("objective", ["kd", "krr_st", "simclr", "barlow_twins"])
 def test_pretraining_lowers_its_loss(objective):
     args = evaluate.parse_args([*DATA, "--width", "8", "--epochs", "30"])
     torch.manual_seed(0)
@@ -335,7 +362,7 @@ def test_pretraining_lowers_its_loss(objective):
     stats = torch.tensor([0.5]), torch.tensor([0.3])
 
     def loss():
-        if objective == "kd":
+        if objective in ("kd", "krr_st"):
             return torch.nn.functional.mse_loss(net(images), targets).item()
         x = common.denormalise(images, *stats)
         views = [common.random_view(x, torch.Generator().manual_seed(i), flip=False) for i in range(2)]
@@ -357,6 +384,43 @@ def test_encoders_are_those_asked_for():
     assert not list(instance.buffers())
 
 
+@pytest.mark.parametrize("protocol", ["finetune", "finetune_slow", "finetune_krr_st"])
+def test_full_finetuning(copy, stage, protocol):
+    run = [*DATA, "--width", "8", "--out_dir", copy, "--protocol", protocol, "--seeds", "0", "--epochs", "2"]
+    before = (copy / "results.jsonl").read_text()
+    for steps in ("1", "150"):
+        stage("evaluate", [*run, "--sets", "none", "mkdt_random", "--finetune_steps", steps, "--name", steps])
+        assert f"Full fine-tuning ({protocol})" in (copy / f"{steps}.md").read_text()
+    records = [json.loads(line) for line in (copy / "results.jsonl").read_text()[len(before) :].splitlines()]
+    assert [(r["set"], r["fraction"], r["options"]["finetune_steps"]) for r in records] == [
+        ("none", 1.0, 1), ("mkdt_random", 1.0, 1), ("none", 1.0, 150), ("mkdt_random", 1.0, 150)
+    ]  # fmt: skip
+    accuracies = [r["accuracy"] for r in records]
+    assert min(accuracies[2:]) > max(accuracies[:2])
+
+
+def test_finetuning_leaves_the_encoder_alone():
+    args = evaluate.parse_args([*DATA, "--width", "8", "--protocol", "finetune", "--finetune_steps", "3"])
+    train = common.load_images("digits", "train", "data", limit=N)
+    net = evaluate.make_encoder(args, D, 8, 1)
+    before = common.flatten(net)
+    evaluate.finetune(net, "digits", train, train, [0.5, 1.0], args, 0)
+    assert torch.equal(common.flatten(net), before)
+
+
+def test_random_crop():
+    """Every result is a window of the padded image or of its mirror image; all windows occur."""
+    image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8)
+    crops = evaluate.random_crop(image.expand(500, -1, -1, -1), torch.Generator().manual_seed(0), flip=True)
+    padded = torch.nn.functional.pad(image, [1] * 4)
+    windows = [padded[0, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+    windows += [window.flip(2) for window in windows]
+    counts = [sum(torch.equal(crop, window) for crop in crops) for window in windows]
+    assert sum(counts) == 500 and min(counts) > 0
+    still = evaluate.random_crop(image.expand(50, -1, -1, -1), torch.Generator().manual_seed(0), flip=False)
+    assert all(any(torch.equal(crop, window) for window in windows[:9]) for crop in still)
+
+
 def test_balanced_labels():
     labels = torch.tensor([0] * 50 + [1] * 6 + [2] * 2)
     order = evaluate.label_order(labels, "balanced", seed=0)
@@ -367,6 +431,102 @@ def test_balanced_labels():
     uniform = evaluate.label_order(labels, "uniform", seed=0)
     assert sorted(uniform.tolist()) == list(range(58)) and not torch.equal(order, uniform)
     assert not torch.equal(order, evaluate.label_order(labels, "balanced", seed=1))
+
+
+def test_seed_of_the_labels(copy, stage, monkeypatch):
+    """--label_seed draws the same labels for all seeds; without it each seed draws its own."""
+    seeds, label_order = [], evaluate.label_order
+    monkeypatch.setattr(
+        evaluate, "label_order", lambda *words: (seeds.append(words[2]), label_order(*words))[1]
+    )
+    run = [*EVALUATE, "--out_dir", copy, "--sets", "none"]
+    stage("evaluate", [*run, "--label_seed", "7"])
+    assert seeds == [7, 7]
+    stage("evaluate", [*run, "--seeds", "5", "6"])
+    assert seeds == [7, 7, 5, 6]
+
+
+# -- tables ------------------------------------------------------------------------------------------------
+
+
+def test_several_sets_of_a_method_are_one_row(copy, stage):
+    for seed in ("1", "2"):
+        for iters in ("0", "1"):
+            more = ["--out_dir", copy, "--iters", iters, "--init", "random", "--seed", seed]
+            stage("distill", [*DISTILL, *more])
+    assert (
+        read(copy / "sets/mkdt_random_seed1.pt")["images"] != read(copy / "sets/mkdt_random.pt")["images"]
+    ).any()
+    stage("evaluate", [*EVALUATE, "--out_dir", copy])
+    lines = [line.strip("| ").split(" | ") for line in (copy / "results.md").read_text().splitlines()]
+    rows = {line[0]: line for line in lines if len(line) > 2}
+    assert rows["MKDT (random init)"][1] == "3 x 2" and rows["MKDT"][1] == "2"
+    records = [json.loads(line) for line in (copy / "results.jsonl").read_text().splitlines()]
+
+    def matrix(name):
+        a = {(r["set"], r["seed"]): r["accuracy"] for r in records if r["fraction"] == 0.2}
+        return torch.tensor([[a[f"{name}{s}", seed] for seed in (0, 1)] for s in ("", "_seed1", "_seed2")])
+
+    x = matrix("mkdt_random")
+    within = (x.var(1).sum() / 3).sqrt()
+    assert rows["MKDT (random init)"][2] == f"{x.mean():.2f} ± {within:.2f}, sets ± {x.mean(1).std():.2f}"
+    d = x - matrix("subset_random")
+    error = (d.mean(0).var() / 2 + d.mean(1).var() / 3).sqrt()
+    assert rows["MKDT (random init)"][3] == f"{d.mean():+.2f} ± {error:.2f}"
+    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "mkdt_random_seed1"])
+    assert "| mkdt_random_seed1 | 2 | " in (copy / "results.md").read_text()
+
+
+def test_rows_that_failed_or_were_not_run(copy, stage, capsys):
+    """They show as such, with a line each; the rest is measured, and the exit status is 2."""
+    (copy / "sets/mkdt_high_loss.pt").write_bytes(b"not a set")
+    capsys.readouterr()
+    run = [*EVALUATE, "--out_dir", copy, "--sets", "none", "mkdt_high_loss", "krr_st_random", "full"]
+    with pytest.raises(SystemExit) as stop:
+        stage("evaluate", [*run, "--fractions", "0.001", "0.2", "--downstream", "digits", "imagefolder:/no"])
+    messages = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and all(message.startswith("error: ") for message in messages)
+    for words in ("mkdt_high_loss.pt", "krr_st_random.pt", "--fractions 0.001", "/no/train"):
+        assert sum(words in message for message in messages) == 1
+    lines = (copy / "results.md").read_text().splitlines()
+    assert lines[2].startswith("| no pre-training | 2 | failed | ") and "±" in lines[2]
+    assert "| KRR-ST | 0 | not run | not run |" in lines and "| MKDT | 0 | not run | not run |" in lines
+
+
+def test_the_papers_figures(copy, stage):
+    """Each has one place in results/paper.csv; a run on other images shows those of the first set beside."""
+    paper = evaluate.read_paper("table1", "cifar10", "convnet")
+    assert paper["cifar10", "mkdt_high_loss", "cifar10", 0.01] == ("44.36 ± 1.61", "paper")
+    assert paper["cifar10", "full", "flowers", 0.05] == ("6.37 ± 0.67", "paper") and len(paper) == 84
+    assert len(evaluate.read_paper("table2", "cifar100", "convnet")) == 16 * 7
+    larger = evaluate.read_paper("table5", "cifar100", "resnet18")
+    assert larger["cifar100", "mkdt_high_loss_1000", "cifar10", 0.05][0] == "46.10 ± 0.60"
+    assert evaluate.read_paper("table3", "tinyimagenet", "convnet") == {}  # not known
+    assert evaluate.read_paper("table7", "tinyimagenet", "convnet") == {}
+    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--paper", "table1", "--name", "table1"])
+    lines = (copy / "table1.md").read_text().splitlines()
+    assert lines[0].endswith(" | paper: cifar10, 1 % | paper: cifar10, 5 % |")
+    (row,) = [line for line in lines if line.startswith("| MKDT |")]
+    assert row.endswith(" | 44.36 ± 1.61 | 53.08 ± 0.13 |")
+
+
+def test_table_of_the_papers_own_sets():
+    """The paper's column stands right of ours; rows pre-trained in another way have none."""
+    rows = [("subset_random", "kd"), ("subset_random", "simclr"), ("mkdt_high_loss", "kd")]
+    sets = ["cifar10", "dogs"]
+    cells = {(row, d, 0.01): torch.tensor([[40.0, 42.0, 44.0]]) for row in rows for d in sets}
+    cells[rows[2], "cifar10", 0.01] = torch.tensor([[45.0, float("nan"), 47.0]])
+    paper = evaluate.read_paper("table1", "cifar10", "convnet")
+    text = evaluate.make_tables(cells, rows, sets, [0.01], paper, "cifar10")
+    first, second = text.split("\n\n")
+    assert first.splitlines() == [
+        "| pre-training set; labels of cifar10 | n | 1 % labels | difference | paper |",
+        "|---|---|---|---|---|",
+        "| random subset | 3 | 42.00 ± 2.00 |  | 36.35 ± 0.67 |",
+        "| random subset, pre-trained by SimCLR | 3 | 42.00 ± 2.00 | +0.00 ± 0.00 |  |",
+        "| MKDT | 3 | 46.00 ± 1.41 (1 seeds failed) | +4.00 ± 1.00 | 44.36 ± 1.61 |",
+    ]
+    assert second.splitlines()[4] == "| MKDT | 3 | 42.00 ± 2.00 | +0.00 ± 0.00 | 2.11 ± 0.28 |"
 
 
 # -- the teacher ---------------------------------------------------------------------------------------------
@@ -492,7 +652,8 @@ def test_everything_is_of_the_targets_there_now(copy, stage, capsys):
         "other targets",
     )
     refuses(capsys, lambda: stage("distill", [*DISTILL, *out, "--name", "x"]), "0000.pt", "other targets")
-    refuses(capsys, lambda: stage("evaluate", [*EVALUATE, *out]), "sets/", "other targets")
+    run = [*EVALUATE, *out, "--sets", "mkdt_random"]
+    refuses(capsys, lambda: stage("evaluate", run), "sets/mkdt_random.pt", "other targets")
 
 
 def test_encoders_do_not_start_where_experts_did(run_dir):
@@ -536,6 +697,18 @@ def test_lr_from_a_set_that_was_made_again(copy, stage, capsys):
     refuses(capsys, lambda: stage("distill", run), "lr_from_mkdt_random.pt", "--lr_init")
 
 
+def test_names_of_sets_by_their_seed():
+    names = [
+        ([], "mkdt_high_loss"), (["--seed", "3"], "mkdt_high_loss_seed3"),
+        (["--iters", "0"], "subset_high_loss"),
+        (["--method", "krr_st"], "krr_st_random"), (["--method", "krr_st", "--init", "sas"], "krr_st_sas"),
+        (["--iters", "0", "--init", "random", "--seed", "1", "--lr_from", "mkdt_random_seed1"],
+         "subset_random_lr_from_mkdt_random_seed1"),
+    ]  # fmt: skip
+    for options, name in names:
+        assert distill.parse_args(options).name == name
+
+
 @pytest.mark.parametrize("name", ["..", "a/b", "none", "full", "", "-x"])
 def test_names_of_sets(name, tmp_path, stage, capsys):
     refuses(capsys, lambda: stage("distill", [*DISTILL, "--out_dir", tmp_path, f"--name={name}"]), "--name")
@@ -553,8 +726,11 @@ def test_nan_in_experts(copy, stage, capsys):
 def test_pretraining_that_diverges(copy, stage, capsys):
     contents = read(copy / "sets/mkdt_random.pt")
     torch.save({**contents, "lr": 1e20}, copy / "sets/mkdt_random.pt")
-    run = [*EVALUATE, "--out_dir", copy, "--sets", "mkdt_random"]
+    run = [*EVALUATE, "--out_dir", copy, "--sets", "none", "mkdt_random", "--seeds", "0"]
     refuses(capsys, lambda: stage("evaluate", run), "mkdt_random", "lr")
+    lines = (copy / "results.md").read_text().splitlines()
+    assert "| MKDT (random init) | 1 | failed | failed |" in lines  # and the rest of the table stands
+    assert lines[2].startswith("| no pre-training | 1 | ") and "failed" not in lines[2]
 
 
 def test_files_can_be_read_by_others(run_dir):
