@@ -60,7 +60,7 @@ SSL = {  # SSL objectives of the encoder's outputs for two views; weights as in 
     "barlow_twins": lambda z1, z2: common.barlow_twins_loss(z1, z2, off_diagonal=8 / 1024),
     "simclr": lambda z1, z2: common.simclr_loss(z1, z2, temperature=0.5),
 }
-KRR_ST = dict(epochs=1000, lr=0.1, momentum=0.9, weight_decay=1e-3)  # its own recipe, for any set's targets
+KRR_ST = dict(lr=0.1, momentum=0.9, weight_decay=1e-3)  # its own recipe, for any set's targets
 FINETUNE = {  # recipes of full fine-tuning, all SGD with momentum 0.9 and cosine decay, batches of 256
     "finetune": dict(epochs=50, lr=0.05, backbone=1.0, weight_decay=0.0, augment=False),  # MKDT's authors
     "finetune_slow": dict(epochs=50, lr=0.05, backbone=0.1, weight_decay=0.0, augment=False),  # before that
@@ -95,6 +95,7 @@ def parse_args(argv=None):
     objectives = "kd: MSE to the targets; krr_st: that with KRR-ST's recipe; or SSL on the images; a row each"
     pre.add_argument("--pretrain", nargs="+", choices=OBJECTIVES, default=["kd"], help=objectives)
     pre.add_argument("--epochs", type=positive, default=20, help="over the set")
+    pre.add_argument("--krr_st_epochs", type=positive, default=1000, help="the same with KRR-ST's recipe")
     pre.add_argument("--batch_size", type=positive, default=256, help="images a step")
     pre.add_argument("--lr", type=number, default=0.1, help="for full data; a set brings its own, alpha_syn")
     pre.add_argument("--momentum", type=number, default=0.9, help="of SGD")
@@ -153,7 +154,7 @@ def pretrain(net, objective, images, targets, stats, lr, args, seed):
     "krr_st" is "kd" with the recipe of KRR-ST (Lee et al., ICLR 2024). SSL sees the images alone, in two
     random views, and trains by Adam, as the paper does (appendix A.2). images (S, C, H, W) are normalised by
     stats, the data set's mean and std, or uint8."""
-    epochs = KRR_ST["epochs"] if objective == "krr_st" else args.epochs
+    epochs = args.krr_st_epochs if objective == "krr_st" else args.epochs
     net.train()
     order = torch.Generator().manual_seed(seed)
     draws = torch.Generator(args.device).manual_seed(seed)
@@ -632,20 +633,18 @@ def main(args):
             cells[(row, objective), d, f] = torch.tensor(values) if members else None
 
     tables = make_tables(cells, list(rows), list(downstream), args.fractions, paper, args.dataset)
-    judged = "Linear probe" if args.protocol == "linear" else f"Full fine-tuning ({args.protocol})"
+    judged = "linear probe" if args.protocol == "linear" else f"full fine-tuning ({args.protocol})"
+    drawn = "order and labels" if args.label_seed is None else f"order (labels: seed {args.label_seed})"
     caption = (
-        f"{judged} of {args.arch} encoders pre-trained on {common.run_name(args.dataset)} for {args.epochs} "
-        f"epochs: accuracy in % on the {args.split} split, mean ± std (divisor n - 1); n: seeds of weights, "
-        "order and labels, or sets x seeds. Differences to the random subset are paired by seed, ± standard "
-        "error. Rows that name no other way are pre-trained by MSE to the set's targets (KD)."
+        f"Accuracy in % on the {args.split} split, {judged} of {args.arch} encoders pre-trained on "
+        f"{common.run_name(args.dataset)} for {args.epochs} epochs (as in KRR-ST: {args.krr_st_epochs}). "
+        f"Mean ± std (divisor n - 1) over n seeds of weights, {drawn}, or sets x seeds. Differences to the "
+        "random subset: paired by seed, ± standard error. Rows that name no other way are pre-trained by MSE "
+        "to the set's targets (KD)."
     )
     if args.paper:
-        found = (
-            "three seeds, std with divisor n, from results/paper.csv"
-            if paper
-            else "not known to this repository"
-        )
-        caption += f" The paper's figures: {found}."
+        figures = "three seeds, std with divisor n, from results/paper.csv" if paper else "not known here"
+        caption += f" The paper's figures: {figures}."
     temporary = args.out_dir / f"{args.name}.md.tmp"
     temporary.write_text(f"{tables}\n{caption}\n", encoding="utf-8")
     temporary.replace(args.out_dir / f"{args.name}.md")

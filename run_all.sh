@@ -1,102 +1,217 @@
 #!/usr/bin/env bash
-# Teacher, experts, distillation and evaluation in one go.
+# Teacher, experts, sets and evaluation in one go: for one data set, or for a table of the paper.
 #
 #   bash run_all.sh                       digits: no download, a few minutes on two CPU cores
 #   bash run_all.sh cifar10               the paper's setting; also: cifar100, tinyimagenet
 #   bash run_all.sh imagefolder DIR       your images in DIR/{train,test}/CLASS/*
-#   bash run_all.sh PRESET rehearse       the same stages, shrunk to minutes on a CPU
+#   bash run_all.sh table1                a table of the paper, table1 ... table7, or appendix_b, beside its figures
+#   bash run_all.sh table1 PRESET         the rows of that table on digits, or on imagefolder DIR
+#   ... rehearse                          at the end of any of them: shrunk to a minute or two (a table: on digits)
 #
 # Variables, with their defaults:
 #   FRACTION=0.02       size of the set (digits 0.05); from 0.05 on, cifar10 and cifar100 take the paper's 5 % options
 #   SSL=barlow_twins    or simclr (the default of digits)
-#   DOWNSTREAM="..."    data sets of the probe: the paper's seven; digits and imagefolder: themselves
+#   SETS="..."          rows: none, full, subset_INIT, subset_INIT_lr_from_SET, mkdt_INIT, mkdt_INIT_ITERS, krr_st_INIT,
+#                       with INIT one of random, high_loss, sas; and :krr_st, :simclr or :barlow_twins behind a
+#                       row for another way to pre-train on its set
+#   DISTILL_SEEDS="0"   of the sets: one set of each method and seed
 #   SEEDS="0 1 2"       of the evaluation (digits: ten)
+#   DOWNSTREAM="..."    data sets of the probe: the paper's seven; digits and imagefolder: themselves
 #   IMAGE_SIZE=32       of an imagefolder
-#   TEACHER EXPERTS DISTILL EVALUATE    further options of a stage, for example TEACHER="--batch_size 64"
-#   DATA_DIR=data  OUT=runs/PRESET  PYTHON=python
+#   TEACHER EXPERTS DISTILL KRR_ST EVALUATE    further options of a stage, for example TEACHER="--batch_size 64"
+#   STUDENT             those of all stages but the teacher, for example STUDENT="--width 64"
+#   DATA_DIR=data  OUT=runs/PRESET (tables: runs)  PYTHON=python
 #   DRY_RUN=1           print the commands only
 # What is finished is not done again: after an interruption, give the same command once more.
 set -eo pipefail
 
 usage() { echo "error: $1" >&2; exit 2; }
 
-preset=${1:-digits}
-[ $# -eq 0 ] || shift
-case $preset in
+case $1 in
   -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
-  digits | cifar10 | cifar100 | tinyimagenet) dataset=$preset ;;
+  table[1-7] | appendix_b) table=$1; shift ;;
+  table*) usage "table '$1' is unknown: choose table1 ... table7, or appendix_b" ;;
+esac
+preset= folder= rehearse=
+case $1 in
+  digits | cifar10 | cifar100 | tinyimagenet) preset=$1; shift ;;
   imagefolder)
-    [ -n "$1" ] || usage "imagefolder needs a folder: bash run_all.sh imagefolder DIR"
-    dataset=imagefolder:${1%/}; shift ;;
-  *) usage "preset '$preset' is unknown: choose digits, cifar10, cifar100, tinyimagenet, or imagefolder DIR" ;;
+    [ -n "$2" ] || usage "imagefolder needs a folder: bash run_all.sh imagefolder DIR"
+    preset=imagefolder folder=${2%/}; shift 2 ;;
+  rehearse | '') ;;
+  *) usage "preset '$1' is unknown: choose digits, cifar10, cifar100, tinyimagenet, or imagefolder DIR" ;;
 esac
-[ $# -eq 0 ] || [ "$*" = rehearse ] || usage "'$*' is not understood: after the preset comes nothing, or the word rehearse"
+[ $# -eq 0 ] || [ "$*" = rehearse ] || usage "'$*' is not understood: at the end comes nothing, or the word rehearse"
 rehearse=$1
+for variable in SEEDS DISTILL_SEEDS; do
+  [[ ${!variable-0} =~ ^[0-9\ ]*$ ]] || usage "$variable='${!variable}' is not understood: give whole numbers"
+done
+init='(random|high_loss|sas)'
+row="none|(full|subset_$init(_lr_from_[a-z0-9_]+)?|krr_st_$init|mkdt_$init(_[0-9]+)?)(:(kd|krr_st|simclr|barlow_twins))?"
+for set in $SETS; do
+  [[ $set =~ ^($row)$ ]] || usage "SETS: '$set' is unknown: bash run_all.sh --help names those that there are"
+done
+[[ ${FRACTION:-1} =~ ^(0?\.[0-9]+|1)$ ]] || usage "FRACTION=$FRACTION is not understood: give a number from 0 to 1"
 
-# The options of each stage. The scripts' defaults are the paper's setting for 2 % of CIFAR-10.
-ssl=barlow_twins threads=() student=() teacher=() experts=() distill=() evaluate=() seeds="0 1 2"
-downstream=("$dataset") default_fraction=0.02
-case $preset in
-  digits) # chosen on held-out training images (evaluate.py --split val)
-    ssl=simclr default_fraction=0.05 seeds="0 1 2 3 4 5 6 7 8 9"
-    threads=(--threads 1) # small tensors are fastest so
-    student=(--width 16)
-    teacher=(--width 16 --epochs 40 --batch_size 128 --lr 0.003 --min_crop 0.4)
-    experts=(--num_experts 10 --epochs 5 --batch_size 32)
-    distill=(--iters 150 --syn_steps 20 --expert_epochs 2 --max_start_epoch 4 --batch_syn 32)
-    distill+=(--lr_img 200 --lr_lr 2e-3)
-    evaluate=(--batch_size 32 --fractions 0.02 0.1) ;;
-  cifar10 | cifar100 | tinyimagenet)
-    downstream=(cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers) ;;
+# The rows and the protocols of each table: of the data set itself without one.
+presets=cifar100 size= ssl= fractions= protocols=linear
+rows="none subset_random subset_sas subset_high_loss mkdt_random mkdt_high_loss full"
+rows+=" subset_random_lr_from_mkdt_random subset_high_loss_lr_from_mkdt_high_loss"
+every="$rows krr_st_random subset_random:SSL subset_random:krr_st krr_st_random:krr_st mkdt_random:krr_st"
+case $table in
+  '') presets=digits ;;
+  table1) presets=cifar10 rows=$every ;;
+  table2) rows=$every ;;
+  table3) presets=tinyimagenet rows=$every ;;
+  table4) presets="cifar10 cifar100 tinyimagenet" size=large rows="none subset_random mkdt_high_loss full" ;;
+  table5)
+    size=large fractions=0.05 rows="none subset_random mkdt_high_loss_1000"
+    protocols="resnet10_batch resnet18_batch resnet10_instance resnet18_instance" ;;
+  table6) presets="cifar10 cifar100" ssl=simclr rows="none subset_random subset_random:SSL mkdt_high_loss" ;;
+  table7)
+    presets="cifar10 cifar100 tinyimagenet" fractions="0.1 0.5"
+    rows="none subset_random subset_sas krr_st_random mkdt_high_loss full" ;;
+  appendix_b)
+    rows="none subset_random subset_random:SSL krr_st_random krr_st_random:krr_st mkdt_high_loss"
+    protocols="finetune_krr_st finetune finetune_slow" ;;
 esac
-fraction=${FRACTION:-$default_fraction} seeds=${SEEDS:-$seeds}
-[[ $fraction =~ ^(0?\.[0-9]+|1)$ ]] || usage "FRACTION=$fraction is not understood: give a number above 0, at most 1"
-[[ $seeds =~ ^[0-9\ ]+$ ]] || usage "SEEDS='$seeds' is not understood: give whole numbers with spaces between"
-case $preset in
-  tinyimagenet)
-    teacher=(--bt_lambda 0.0009765625) distill=(--syn_steps 10 --lr_img 1e5) ;;
-  cifar10 | cifar100)
-    if awk "BEGIN { exit !($fraction >= 0.05) }"; then
-      experts=(--epochs 6) distill=(--max_start_epoch 5 --lr_img 1e4)
-    fi ;;
-esac
-if [ "$rehearse" ]; then # options given twice: the last one counts
-  downstream=("$dataset") seeds=${SEEDS:-0 1}
-  student+=(--limit 500 --width 16)
-  teacher+=(--limit 500 --width 8 --epochs 1 --batch_size 32)
-  experts+=(--num_experts 2)
-  distill+=(--iters 3 --syn_steps 3)
-  evaluate+=(--epochs 2 --fractions 0.1 0.5)
-fi
-
-[ -z "$DOWNSTREAM" ] || read -ra downstream <<< "$DOWNSTREAM"
-read -ra seeds <<< "$seeds"
-
-suffix=
-[ "$fraction" = $default_fraction ] || suffix=_$fraction
-out=${OUT:-runs/$(basename "${dataset#*:}")$suffix${rehearse:+_rehearsal}}
-data=(--dataset "$dataset" --data_dir "${DATA_DIR:-data}" --out_dir "$out" "${threads[@]}")
-[ -z "$IMAGE_SIZE" ] || data+=(--image_size "$IMAGE_SIZE")
+[ -z "$rehearse" ] || presets=digits # no network for a rehearsal
+presets=${preset:-$presets}
 
 run() {
   echo "+ python$(printf ' %q' "$@")"
   [ "$DRY_RUN" ] || "${PYTHON:-python}" "$@"
 }
 
-usual=${out/$suffix/}
-if [ "$suffix" ] && [ -f "$usual/targets.pt" ] && [ ! -e "$out" ] && [ -z "$DRY_RUN" ]; then
-  rm -rf "$out.tmp" && mkdir -p "$out.tmp" # sets of all sizes have one teacher
-  cp "$usual/targets.pt" "$out.tmp" && { [ ! -f "$usual/teacher.pt" ] || cp "$usual/teacher.pt" "$out.tmp"; }
-  mv "$out.tmp" "$out"
-fi
-run train_teacher.py "${data[@]}" --ssl "${SSL:-$ssl}" "${teacher[@]}" $TEACHER
-run train_experts.py "${data[@]}" "${student[@]}" "${experts[@]}" $EXPERTS
-set=("${data[@]}" "${student[@]}" --fraction "$fraction" "${distill[@]}" $DISTILL)
-for init in random high_loss; do
-  run distill.py "${set[@]}" --init $init --iters 0 # the plain subset
-  run distill.py "${set[@]}" --init $init
+failed=0
+attempt() { # run, and go on if it fails, unless it was killed
+  local status=0
+  run "$@" || status=$?
+  [ $status -lt 128 ] || exit $status
+  [ $status -eq 0 ] || failed=$status
+  return $status
+}
+
+# One data set, from the teacher to its table. The scripts' defaults are the paper's setting for 2 % of CIFAR-10;
+# options may be given twice: the last one counts.
+pipeline() {
+  local preset=$1 dataset=$1 threads=() student=() teacher=() experts=() distill=() krr_st=() evaluate=()
+  local default_ssl=barlow_twins default_fraction=0.02 large=0.05 seeds="0 1 2" labels="0.01 0.05"
+  local sets=${SETS:-$rows}
+  case $preset in
+    digits) # chosen on held-out training images (evaluate.py --split val)
+      default_ssl=simclr default_fraction=0.05 large=0.125 seeds="0 1 2 3 4 5 6 7 8 9" labels="0.02 0.1"
+      threads=(--threads 1) # small tensors are fastest so
+      student=(--width 16)
+      teacher=(--width 16 --epochs 40 --batch_size 128 --lr 0.003 --min_crop 0.4)
+      experts=(--num_experts 10 --epochs 5 --batch_size 32)
+      distill=(--iters 150 --syn_steps 20 --expert_epochs 2 --max_start_epoch 4 --batch_syn 32)
+      distill+=(--lr_img 200 --lr_lr 2e-3)
+      krr_st=(--iters 1000 --lr_img 0.01 --batch_real 256)
+      evaluate=(--batch_size 32)
+      [ "$table" ] || sets=${SETS:-$rows krr_st_random} ;;
+    imagefolder) dataset=imagefolder:$folder ;;
+  esac
+  local fraction=${FRACTION:-${size:+$large}} ssl=${SSL:-${ssl:-$default_ssl}}
+  fraction=${fraction:-$default_fraction} labels=${fractions:-$labels}
+  local downstream=("$dataset") words
+  case $preset in
+    tinyimagenet)
+      teacher=(--bt_lambda 0.0009765625) distill=(--syn_steps 10 --lr_img 1e5) krr_st=(--lr_img 1e-5) ;;
+    cifar10 | cifar100)
+      if awk "BEGIN { exit !($fraction >= 0.05) }"; then
+        experts=(--epochs 6) distill=(--max_start_epoch 5 --lr_img 1e4)
+      fi ;;
+  esac
+  case $preset in
+    cifar* | tinyimagenet)
+      [ "$rehearse" ] || downstream=(cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers) ;;
+  esac
+  local iters=() # of mkdt_INIT; mkdt_INIT_ITERS has its own
+  if [ "$rehearse" ]; then
+    seeds="0 1" labels="0.1 0.5" iters=(--iters 3)
+    student+=(--limit 500 --width 16)
+    teacher+=(--limit 500 --width 8 --epochs 1 --batch_size 32)
+    experts+=(--num_experts 2)
+    distill+=(--syn_steps 3)
+    krr_st+=(--iters 3 --pool_steps 9 --batch_real 32)
+    evaluate+=(--epochs 2 --krr_st_epochs 4 --finetune_steps 3)
+  fi
+  read -ra seeds <<< "${SEEDS:-$seeds}"
+  read -ra sets <<< "${sets//:SSL/:$ssl}"
+  [ -z "$DOWNSTREAM" ] || read -ra downstream <<< "$DOWNSTREAM"
+  read -ra words <<< "$STUDENT" && student+=("${words[@]}")
+
+  local suffix= name
+  name=$(basename "${dataset#*:}")
+  [ "$ssl" = $default_ssl ] || name+=_$ssl
+  [ "$fraction" = $default_fraction ] || suffix=_$fraction
+  local usual=${OUT:-runs}/$name${rehearse:+_rehearsal} out=${OUT:-runs}/$name$suffix${rehearse:+_rehearsal}
+  [ -z "$OUT" ] || [ "$table" ] || out=$OUT usual=
+  local data=(--dataset "$dataset" --data_dir "${DATA_DIR:-data}" --out_dir "$out" "${threads[@]}")
+  [ -z "$IMAGE_SIZE" ] || data+=(--image_size "$IMAGE_SIZE")
+
+  if [ "$suffix" ] && [ -f "$usual/targets.pt" ] && [ ! -e "$out" ] && [ -z "$DRY_RUN" ]; then
+    rm -rf "$out.tmp" && mkdir -p "$out.tmp" # sets of all sizes have one teacher
+    cp "$usual/targets.pt" "$out.tmp" && { [ ! -f "$usual/teacher.pt" ] || cp "$usual/teacher.pt" "$out.tmp"; }
+    mv "$out.tmp" "$out"
+  fi
+  attempt train_teacher.py "${data[@]}" --ssl "$ssl" "${teacher[@]}" $TEACHER || return
+  attempt train_experts.py "${data[@]}" "${student[@]}" "${experts[@]}" $EXPERTS || return
+
+  # The sets. One that fails is "not run" in the table; one that is there with other options stops the run.
+  local set init seed ordered=() made=" "
+  for set in "${sets[@]}"; do [[ $set = *_lr_from_* ]] || ordered+=("${set%%:*}"); done
+  for set in "${sets[@]}"; do [[ $set != *_lr_from_* ]] || ordered+=("${set%%:*}"); done
+  for set in "${ordered[@]}"; do
+    for seed in ${DISTILL_SEEDS:-0}; do
+      init=${set#subset_} init=${init#mkdt_} init=${init#krr_st_} init=${init%%_lr_from*} init=${init%_[0-9]*}
+      name=$set words=("${data[@]}" "${student[@]}" --fraction "$fraction" --init "$init")
+      if [ "$seed" != 0 ]; then
+        [ "$set" != subset_high_loss ] || continue # does not depend on it
+        name+=_seed$seed words+=(--seed "$seed")
+      fi
+      case $set in
+        none | full) continue ;;
+        subset_*_lr_from_*) words+=("${distill[@]}" $DISTILL --iters 0 --lr_from "${name#*_lr_from_}") ;;
+        subset_*) words+=("${distill[@]}" $DISTILL --iters 0) ;;
+        mkdt_*_[0-9]*) words+=("${distill[@]}" --iters "${set##*_}" "${iters[@]}" $DISTILL --name "$name") ;;
+        mkdt_*) words+=("${distill[@]}" "${iters[@]}" $DISTILL) ;;
+        krr_st_*) words+=(--method krr_st "${krr_st[@]}" $KRR_ST) ;;
+      esac
+      [[ $made = *" $name "* ]] || attempt distill.py "${words[@]}" || [ ! -e "$out/sets/$name.pt" ] || exit 2
+      made+="$name "
+    done
+  done
+
+  for protocol in $protocols; do
+    name=${table:-results} words=("${data[@]}" "${student[@]}" "${evaluate[@]}")
+    case $protocol in
+      resnet*) name+=_$protocol words+=(--arch "${protocol%_*}" --norm "${protocol#*_}") ;;
+      finetune*) name+=_$protocol words+=(--protocol "$protocol") ;;
+    esac
+    [[ $protocol = finetune* ]] || words+=(--fractions $labels)
+    [[ $table != table* ]] || words+=(--paper "$table")
+    touch "$marker"
+    attempt evaluate.py "${words[@]}" $EVALUATE --name "$name" --sets "${sets[@]}" \
+      --downstream "${downstream[@]}" --seeds "${seeds[@]}" || true
+    {
+      echo "## $(basename "$out"): $name" && echo
+      if [ "$out/$name.md" -nt "$marker" ]; then cat "$out/$name.md"; else echo "not run"; fi
+      echo
+    } >> "$parts"
+  done
+}
+
+marker=$(mktemp) parts=$(mktemp)
+trap 'rm -f "$marker" "$parts"' EXIT
+for preset in $presets; do
+  pipeline "$preset" || printf '## %s\n\nnot run\n\n' "$preset" >> "$parts"
 done
-run distill.py "${set[@]}" --init sas --iters 0
-run distill.py "${set[@]}" --init random --iters 0 --lr_from mkdt_random
-run evaluate.py "${data[@]}" "${student[@]}" "${evaluate[@]}" $EVALUATE \
-  --downstream "${downstream[@]}" --seeds "${seeds[@]}"
+if [ "$table" ] && [ -z "$DRY_RUN" ]; then
+  result=${OUT:-runs}/$table${rehearse:+_rehearsal}.md
+  mkdir -p "${OUT:-runs}" && cp "$parts" "$result.tmp"
+  mv "$result.tmp" "$result"
+  echo "wrote $result"
+fi
+exit $failed

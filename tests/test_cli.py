@@ -113,13 +113,14 @@ def test_presets_are_the_paper():
         (experts,) = calls["train_experts"]
         assert [d.name for d in calls["distill"]] == [
             "subset_random",
-            "mkdt_random",
-            "subset_high_loss",
-            "mkdt_high_loss",
             "subset_sas",
+            "subset_high_loss",
+            "mkdt_random",
+            "mkdt_high_loss",
             "subset_random_lr_from_mkdt_random",
+            "subset_high_loss_lr_from_mkdt_high_loss",
         ]
-        for d in calls["distill"][:4]:
+        for d in calls["distill"]:
             assert (d.syn_steps, d.expert_epochs, d.max_start_epoch, d.lr_img) == expected
             assert d.fraction == float(fraction) and d.iters == (0 if d.name.startswith("subset") else 5000)
             assert experts.epochs == d.max_start_epoch - 1 + d.expert_epochs
@@ -127,9 +128,79 @@ def test_presets_are_the_paper():
         assert calls["train_teacher"][0].bt_lambda == (1 / 1024 if preset == "tinyimagenet" else 8 / 1024)
 
 
+TABLES = {  # table: (data sets, fraction of the set, SSL of the teacher, labelled fractions)
+    "table1": (["cifar10"], 0.02, "barlow_twins", [0.01, 0.05]),
+    "table2": (["cifar100"], 0.02, "barlow_twins", [0.01, 0.05]),
+    "table3": (["tinyimagenet"], 0.02, "barlow_twins", [0.01, 0.05]),
+    "table4": (["cifar10", "cifar100", "tinyimagenet"], 0.05, "barlow_twins", [0.01, 0.05]),
+    "table5": (["cifar100"], 0.05, "barlow_twins", [0.05]),
+    "table6": (["cifar10", "cifar100"], 0.02, "simclr", [0.01, 0.05]),
+    "table7": (["cifar10", "cifar100", "tinyimagenet"], 0.02, "barlow_twins", [0.1, 0.5]),
+    "appendix_b": (["cifar100"], 0.02, "barlow_twins", [1.0]),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_are_the_paper(table):
+    datasets, fraction, ssl, labels = TABLES[table]
+    calls = commands(table)
+    assert [a.dataset for a in calls["train_teacher"]] == datasets
+    assert {a.ssl for a in calls["train_teacher"]} == {ssl}
+    assert {d.fraction for d in calls["distill"]} == {fraction}
+    for evaluate in calls["evaluate"]:
+        assert evaluate.fractions == labels and evaluate.seeds == [0, 1, 2] and len(evaluate.downstream) == 7
+        assert evaluate.label_draw == "uniform" and evaluate.epochs == 20
+        assert evaluate.paper == (table if table.startswith("table") else None)
+        # Every row has its set, and the paper's rows are among them.
+        made = {d.name for d in calls["distill"] if d.out_dir == evaluate.out_dir}
+        rows = {row.partition(":")[0] for row in evaluate.sets}
+        assert rows - {"none", "full"} == made
+        paper = __import__("evaluate").read_paper(table, evaluate.dataset, evaluate.arch)
+        assert {row for _, row, _, _ in paper} <= rows
+    if table == "table5":
+        archs = [(a.arch, a.norm, a.name) for a in calls["evaluate"]]
+        assert archs[0] == ("resnet10", "batch", "table5_resnet10_batch") and len(set(archs)) == 4
+        assert [d.iters for d in calls["distill"]] == [0, 1000]
+    if table == "appendix_b":
+        assert [a.protocol for a in calls["evaluate"]] == ["finetune_krr_st", "finetune", "finetune_slow"]
+    shrunk = commands(table, "rehearse")
+    assert {a.dataset for args in shrunk.values() for a in args} == {"digits"}  # no network
+    assert [a.sets for a in shrunk["evaluate"]][0] == [
+        row.replace(":barlow_twins", ":simclr") for row in calls["evaluate"][0].sets
+    ]
+    assert max(d.iters for d in shrunk["distill"]) <= 3
+
+
+def test_table_of_ones_own_images():
+    calls = commands("table1", "imagefolder", "a b/c")
+    assert calls["evaluate"][0].downstream == ["imagefolder:a b/c"] and calls["evaluate"][0].paper == "table1"
+    krr_st = [d for d in calls["distill"] if d.method == "krr_st"]
+    assert [(d.iters, d.lr_img, d.pool_size, d.pool_steps) for d in krr_st] == [(160_000, 1e-4, 10, 1000)]
+
+
+def test_seeds_and_rows():
+    rows = (
+        "none subset_high_loss mkdt_random mkdt_sas_70:simclr subset_random_lr_from_mkdt_random krr_st_random"
+    )
+    calls = commands("digits", SETS=rows, DISTILL_SEEDS="0 2", SEEDS="5", STUDENT="--width 9")
+    assert [(d.name, d.seed) for d in calls["distill"]] == [
+        ("subset_high_loss", 0),  # not of the seed
+        ("mkdt_random", 0), ("mkdt_random_seed2", 2), ("mkdt_sas_70", 0), ("mkdt_sas_70_seed2", 2),
+        ("krr_st_random", 0), ("krr_st_random_seed2", 2),
+        ("subset_random_lr_from_mkdt_random", 0), ("subset_random_lr_from_mkdt_random_seed2", 2),
+    ]  # fmt: skip
+    assert [d.lr_from for d in calls["distill"][-2:]] == ["mkdt_random", "mkdt_random_seed2"]
+    assert calls["distill"][3].iters == 70
+    assert calls["evaluate"][0].seeds == [5] and calls["evaluate"][0].sets == rows.split()
+    assert {a.width for name in STAGES[1:] for a in calls[name]} == {9}
+
+
 def test_run_all_refuses():
     calls = [(["mnist"], {}), (["imagefolder"], {}), (["imagefolder", ""], {}), (["digits", "fast"], {})]
-    calls += [([], {"FRACTION": f}) for f in ("abc", "5%", "0,05", "1/20", "-1")] + [([], {"SEEDS": "0,1"})]
+    calls += [(["table8"], {}), (["table1", "mnist"], {}), (["table1", "rehearse", "digits"], {})]
+    calls += [([], {"FRACTION": f}) for f in ("abc", "5%", "0,05", "1/20", "-1")]
+    calls += [([], {"SEEDS": "0,1"}), ([], {"DISTILL_SEEDS": "a"})]
+    calls += [([], {"SETS": s}) for s in ("mkdt", "gan_random", "mkdt_random:gan", "none:kd", "subset_easy")]
     for words, variables in calls:
         done = run_all(*words, **variables)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -176,20 +247,23 @@ def test_ci_runs_the_readme_command():
     assert command in (ROOT / ".ci/run").read_text().splitlines()
 
 
-def test_run_all_rehearsal(tmp_path):
-    """The whole pipeline by its shell script."""
-    out = tmp_path / "run"
-    first = run_all("digits", "rehearse", OUT=str(out))
-    assert first.returncode == 0, first.stderr
-    files = ["teacher.pt", "targets.pt", "experts/0001.pt", "results.jsonl", "results.md"]
-    for file in [*files, "sets/mkdt_high_loss.pt", "sets/mkdt_high_loss.png"]:
-        assert (out / file).stat().st_size > 0
-    for row in (
-        "no pre-training",
-        "random subset",
-        "high-loss subset",
-        "MKDT (random init)",
-        "MKDT",
-        "full data",
-    ):
-        assert f"| {row} | " in first.stdout
+def test_table1_rehearsal(tmp_path):
+    """The whole pipeline by its shell script, with every baseline, and a set that cannot be made."""
+    out = tmp_path / "runs"
+    first = run_all("table1", "rehearse", OUT=str(out), KRR_ST="--lr_img 1e30")
+    assert first.returncode == 2 and first.stderr.count("--lr_img") == 1, first.stderr
+    run = out / "digits_rehearsal"
+    for file in ("teacher.pt", "targets.pt", "experts/0001.pt", "results.jsonl", "sets/mkdt_high_loss.png"):
+        assert (run / file).stat().st_size > 0
+    table = (out / "table1_rehearsal.md").read_text()
+    for row in ("no pre-training", "random subset", "SAS subset", "high-loss subset", "MKDT", "full data"):
+        assert f"| {row} | 2 | " in table and f"| {row} | " in first.stdout
+    assert "| KRR-ST | 0 | not run | " in table
+    again = run_all("table1", "rehearse", OUT=str(out), SETS="none krr_st_random")
+    assert again.returncode == 0, again.stderr
+    assert "| KRR-ST | 2 | " in (out / "table1_rehearsal.md").read_text()
+    # A set that is there with other options stops the run: no table is made of a set that stands for another.
+    before = (out / "table1_rehearsal.md").read_text(), (run / "table1.md").stat().st_mtime_ns
+    other = run_all("table1", "rehearse", OUT=str(out), SETS="none subset_random", DISTILL="--lr_init 0.2")
+    assert other.returncode == 2 and other.stderr.count("\n") == 1 and "subset_random.pt" in other.stderr
+    assert before == ((out / "table1_rehearsal.md").read_text(), (run / "table1.md").stat().st_mtime_ns)

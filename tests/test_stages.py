@@ -355,7 +355,7 @@ def test_ssl_on_the_images_of_a_set(copy, stage, capsys):
 
 @pytest.mark.parametrize("objective", ["kd", "krr_st", "simclr", "barlow_twins"])
 def test_pretraining_lowers_its_loss(objective):
-    args = evaluate.parse_args([*DATA, "--width", "8", "--epochs", "30"])
+    args = evaluate.parse_args([*DATA, "--width", "8", "--epochs", "30", "--krr_st_epochs", "30"])
     torch.manual_seed(0)
     net = evaluate.make_encoder(args, D, 8, 1)
     images, targets = torch.randn(40, 1, 8, 8), torch.randn(40, D)
@@ -390,7 +390,7 @@ def test_full_finetuning(copy, stage, protocol):
     before = (copy / "results.jsonl").read_text()
     for steps in ("1", "150"):
         stage("evaluate", [*run, "--sets", "none", "mkdt_random", "--finetune_steps", steps, "--name", steps])
-        assert f"Full fine-tuning ({protocol})" in (copy / f"{steps}.md").read_text()
+        assert f"full fine-tuning ({protocol})" in (copy / f"{steps}.md").read_text()
     records = [json.loads(line) for line in (copy / "results.jsonl").read_text()[len(before) :].splitlines()]
     assert [(r["set"], r["fraction"], r["options"]["finetune_steps"]) for r in records] == [
         ("none", 1.0, 1), ("mkdt_random", 1.0, 1), ("none", 1.0, 150), ("mkdt_random", 1.0, 150)
