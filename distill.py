@@ -265,7 +265,10 @@ def regression_losses(args, make_net, images, targets, train, all_targets, gener
             real = common.normalise(real_images[batch], train.mean, train.std)
             queries = pool[k].net.features(real).to(exact)
         features = pool[k].net.features(images).to(exact)
-        predicted = kernel_ridge(features, targets.to(exact), queries, args.ridge)
+        try:
+            predicted = kernel_ridge(features, targets.to(exact), queries, args.ridge)
+        except torch.linalg.LinAlgError:
+            common.fail(f"the kernel of student {k} is singular: choose a --ridge above {args.ridge:g}")
         yield F.mse_loss(predicted, real_targets[batch].to(exact)), {"student": k, "steps": pool[k].steps}
         if pool[k].steps < args.pool_steps:
             pool[k].train(images, targets)

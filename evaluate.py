@@ -498,6 +498,7 @@ def make_tables(cells, rows, downstream, fractions, paper, dataset):
 def save_figure(path, cells, rows, downstream, fractions):
     """Accuracy against the labelled fraction, a line and its std over the seeds a row, a panel a data set."""
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         print(f"{path} is left out: it needs matplotlib (pip install matplotlib)")
@@ -506,6 +507,7 @@ def save_figure(path, cells, rows, downstream, fractions):
     fractions = sorted(fractions)
     percent = [100 * f for f in fractions]
     for panel, d in zip(figure.subplots(1, len(downstream), squeeze=False)[0], downstream):
+        panel.set_prop_cycle(color=colormaps["tab20"].colors)
         for row in rows:
             values = [cells[row, d, f] for f in fractions]
             if any(v is None for v in values):
@@ -523,6 +525,29 @@ def save_figure(path, cells, rows, downstream, fractions):
     temporary = path.with_name(f"{path.stem}.tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(path)
+
+
+def write_tables(args, cells, rows, downstream, paper):
+    """OUT/NAME.md and OUT/NAME.png; prints the tables."""
+    tables = make_tables(cells, rows, downstream, args.fractions, paper, args.dataset)
+    judged = "linear probe" if args.protocol == "linear" else f"full fine-tuning ({args.protocol})"
+    drawn = "order and labels" if args.label_seed is None else f"order (labels: seed {args.label_seed})"
+    caption = (
+        f"Accuracy in % on the {args.split} split, {judged} of {args.arch} encoders pre-trained on "
+        f"{common.run_name(args.dataset)} for {args.epochs} epochs (as in KRR-ST: {args.krr_st_epochs}). "
+        f"Mean ± std (divisor n - 1) over n seeds of weights, {drawn}, or sets x seeds. Differences to the "
+        "random subset: paired by seed, ± standard error. Rows that name no other way are pre-trained by MSE "
+        "to the set's targets (KD)."
+    )
+    if args.paper:
+        figures = "three seeds, std with divisor n, from results/paper.csv" if paper else "not known here"
+        caption += f" The paper's figures: {figures}."
+    path = args.out_dir / f"{args.name}.md"
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(f"{tables}\n{caption}\n", encoding="utf-8")
+    temporary.replace(path)
+    save_figure(args.out_dir / f"{args.name}.png", cells, rows, downstream, args.fractions)
+    print(f"\n{tables}\n{caption}\nwrote {path} and results.jsonl")
 
 
 def main(args):
@@ -632,24 +657,7 @@ def main(args):
             ]
             cells[(row, objective), d, f] = torch.tensor(values) if members else None
 
-    tables = make_tables(cells, list(rows), list(downstream), args.fractions, paper, args.dataset)
-    judged = "linear probe" if args.protocol == "linear" else f"full fine-tuning ({args.protocol})"
-    drawn = "order and labels" if args.label_seed is None else f"order (labels: seed {args.label_seed})"
-    caption = (
-        f"Accuracy in % on the {args.split} split, {judged} of {args.arch} encoders pre-trained on "
-        f"{common.run_name(args.dataset)} for {args.epochs} epochs (as in KRR-ST: {args.krr_st_epochs}). "
-        f"Mean ± std (divisor n - 1) over n seeds of weights, {drawn}, or sets x seeds. Differences to the "
-        "random subset: paired by seed, ± standard error. Rows that name no other way are pre-trained by MSE "
-        "to the set's targets (KD)."
-    )
-    if args.paper:
-        figures = "three seeds, std with divisor n, from results/paper.csv" if paper else "not known here"
-        caption += f" The paper's figures: {figures}."
-    temporary = args.out_dir / f"{args.name}.md.tmp"
-    temporary.write_text(f"{tables}\n{caption}\n", encoding="utf-8")
-    temporary.replace(args.out_dir / f"{args.name}.md")
-    save_figure(args.out_dir / f"{args.name}.png", cells, list(rows), list(downstream), args.fractions)
-    print(f"\n{tables}\n{caption}\nwrote {args.out_dir / args.name}.md and results.jsonl")
+    write_tables(args, cells, list(rows), list(downstream), paper)
     if failures:
         raise SystemExit(2)
 
