@@ -5,8 +5,8 @@ W x at W = I; batches of two examples. Var(G) = E||G - E G||^2.
 
 The closed forms are derived from the definitions of the losses, with infinitely many examples, so that the
 two of a batch are independent. The appendix slips in eq. 18 and 41, which drop E[eps eps^T] = s I and all
-that follows from it; what remains it compares element by element, by the number of terms. With all moments the
-theorem holds, for every dimension d >= 2 and every noise level s >= 0: see test_theorem_4_1.
+that follows from it; what remains it compares element by element, by the number of terms. With all moments
+the theorem holds, for every dimension d >= 2 and every noise level s >= 0: see test_theorem_4_1.
 """
 
 import math
