@@ -402,21 +402,25 @@ class ResNet(torchvision.models.ResNet):
     """torchvision's ResNet of basic blocks for small images: 3x3 stem of stride 1, no max-pooling, any width.
 
     blocks (2, 2, 2, 2) is ResNet-18 (the teacher), (1, 1, 1, 1) is ResNet-10. out_dim None: no head,
-    forward(x) is features(x), (B, 8 width).
+    forward(x) is features(x), (B, 8 width). strides are those of the four stages.
     """
 
-    def __init__(self, blocks=(2, 2, 2, 2), out_dim=None, channels=3, width=64, norm_layer=nn.BatchNorm2d):
+    def __init__(
+        self,
+        blocks=(2, 2, 2, 2),
+        out_dim=None,
+        channels=3,
+        width=64,
+        norm_layer=nn.BatchNorm2d,
+        strides=(1, 2, 2, 2),
+    ):
         super().__init__(BasicBlock, blocks, norm_layer=norm_layer)
         self.inplanes = width
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn1 = norm_layer(width)
         self.maxpool = nn.Identity()
-        for i, n in enumerate(blocks):
-            setattr(
-                self,
-                f"layer{i + 1}",
-                self._make_layer(BasicBlock, width * 2**i, n, stride=1 if i == 0 else 2),
-            )
+        for i, (n, stride) in enumerate(zip(blocks, strides)):
+            setattr(self, f"layer{i + 1}", self._make_layer(BasicBlock, width * 2**i, n, stride))
         for module in self.modules():  # torchvision's initialisation, for the layers just made
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -663,7 +667,7 @@ def load(path, keys, made_by, mmap=False):
         made_by: the command to name when the file is missing or of another kind.
         mmap: leave the tensors on disk until they are read.
     """
-    again = f"make it again with {made_by}"
+    again = f"move it away and make it again with {made_by}"
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:

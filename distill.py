@@ -62,7 +62,12 @@ def parse_args(argv=None):
     syn.add_argument("--iters", type=natural, help="S (default: 5000, krr_st 160000); 0: the plain subset")
     lrs = "of the pixels (default: 1e3; 5 %%: 1e4; tiny: 1e5; krr_st, with the targets: 1e-4, tiny: 1e-5)"
     syn.add_argument("--lr_img", type=number, help=lrs)
-    syn.add_argument("--lr_init", type=number, default=0.1, help="start of alpha_syn; lr of a plain subset")
+    syn.add_argument(
+        "--lr_init",
+        type=common.at_least(1e-12, float, 1e12),
+        default=0.1,
+        help="start of alpha_syn; lr of a plain subset",
+    )
     syn.add_argument("--lr_from", metavar="NAME", help="take it from OUT/sets/NAME.pt instead")
     match = parser.add_argument_group("trajectory matching (eq. 4 and 8)")
     match.add_argument("--syn_steps", type=positive, default=40, help="N, steps on D_syn (tinyimagenet: 10)")
@@ -73,6 +78,7 @@ def parse_args(argv=None):
     match.add_argument("--lr_lr", type=number, default=1e-4, help="lr of alpha_syn")
     match.add_argument("--lr_targets", type=number, default=0.0, help="lr of Z_syn (authors' code: 1)")
     match.add_argument("--momentum", type=number, default=0.5, help="of the SGD on pixels, lr, Z_syn")
+    match.add_argument("--clip_grad", type=number, help="largest norm of the pixels' gradient (paper: any)")
     krr = parser.add_argument_group("KRR-ST (Lee et al., ICLR 2024)")
     krr.add_argument("--pool_size", type=positive, default=10, help="students in the pool")
     krr.add_argument("--pool_steps", type=positive, default=1000, help="steps on D_syn until one starts anew")
@@ -84,7 +90,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for option in ("name", "lr_from"):
         name = getattr(args, option)
-        if name is not None and (name in ("none", "full") or not re.fullmatch(r"\w[\w.+-]*", name)):
+        if name is None:
+            continue
+        if re.fullmatch(r"(none|full)?(_seed\d+)?", name) or not re.fullmatch(r"\w[\w.+-]*", name):
             common.fail(f"--{option} {name!r}: choose letters, digits, and . + - _ within; not none or full")
     for name, value in RECIPES[args.method].items():
         if getattr(args, name) is None:
@@ -454,6 +462,7 @@ def main(args):
     for it, (loss, drawn) in zip(range(1, args.iters + 1), losses):
         optimizer.zero_grad()
         loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(images, args.clip_grad or math.inf).item()
         optimizer.step()
         schedule.step()
         lr.data.clamp_(min=args.lr_init / 1000)  # alpha_syn stays positive
@@ -467,7 +476,7 @@ def main(args):
         moved = (images.detach() - start_images).abs().mean().item()
         kind = "matching_loss" if matching else "regression_loss"
         record = {"iteration": it, **drawn, kind: value, "lr": lr.item(), "pixel_change": moved}
-        log.write(**record, seconds=round(time.time() - began, 4))
+        log.write(**record, gradient_norm=norm, seconds=round(time.time() - began, 4))
         began = time.time()
         log.say(
             f"{args.name} {log.progress(it, args.iters)}: {kind.replace('_', ' ')} {value:.4f}, "

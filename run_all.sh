@@ -23,7 +23,7 @@
 #   DATA_DIR=data  OUT=runs/PRESET (tables: runs)  PYTHON=python
 #   DRY_RUN=1           print the commands only
 # What is finished is not done again: after an interruption, give the same command once more.
-set -eo pipefail
+set -efo pipefail # f: a * in a variable is no file name
 
 usage() { echo "error: $1" >&2; exit 2; }
 
@@ -44,14 +44,29 @@ esac
 [ $# -eq 0 ] || [ "$*" = rehearse ] || usage "'$*' is not understood: at the end comes nothing, or the word rehearse"
 rehearse=$1
 for variable in SEEDS DISTILL_SEEDS; do
-  [[ ${!variable-0} =~ ^[0-9\ ]*$ ]] || usage "$variable='${!variable}' is not understood: give whole numbers"
+  for seed in ${!variable}; do
+    [[ $seed =~ ^[0-9]{1,9}$ ]] || usage "$variable='${!variable}' is not understood: give whole numbers"
+  done
 done
 init='(random|high_loss|sas)'
-row="none|(full|subset_$init(_lr_from_[a-z0-9_]+)?|krr_st_$init|mkdt_$init(_[0-9]+)?)(:(kd|krr_st|simclr|barlow_twins))?"
+row="none|(full|subset_$init(_lr_from_[a-z0-9_]+)?|krr_st_$init|mkdt_$init(_[0-9]+)?)"
+row+="(:(kd|krr_st|simclr|barlow_twins))?"
 for set in $SETS; do
   [[ $set =~ ^($row)$ ]] || usage "SETS: '$set' is unknown: bash run_all.sh --help names those that there are"
 done
-[[ ${FRACTION:-1} =~ ^(0?\.[0-9]+|1)$ ]] || usage "FRACTION=$FRACTION is not understood: give a number from 0 to 1"
+for name in $DOWNSTREAM; do
+  [[ $name =~ ^(digits|cifar10|cifar100|tinyimagenet|aircraft|cub2011|dogs|flowers|imagefolder(:.+)?)$ ]] ||
+    usage "DOWNSTREAM: '$name' is unknown: choose the data sets that python evaluate.py --help names"
+done
+if [ "$FRACTION" ]; then
+  number=$(awk -v x="$FRACTION" 'BEGIN { if (x ~ /^[0-9]*[.]?[0-9]+$/ && x > 0 && x <= 1) printf "%g", x }')
+  FRACTION=${number:-$(usage "FRACTION=$FRACTION is not understood: give a number above 0, at most 1")}
+fi
+[ -f train_teacher.py ] || usage "there is no train_teacher.py here: start run_all.sh in its own folder"
+if [ -z "$DRY_RUN" ]; then
+  command -v "${PYTHON:-python}" > /dev/null || usage "PYTHON=${PYTHON:-python}: there is no such command"
+  mkdir -p "${OUT:-runs}" 2> /dev/null || usage "OUT=${OUT:-runs}: is not a folder, and none can be made there"
+fi
 
 # The rows and the protocols of each table: of the data set itself without one.
 presets=cifar100 size= ssl= fractions= protocols=linear
@@ -76,7 +91,7 @@ case $table in
     protocols="finetune_krr_st finetune finetune_slow" ;;
 esac
 [ -z "$rehearse" ] || presets=digits # no network for a rehearsal
-presets=${preset:-$presets}
+preset_given=$preset presets=${preset:-$presets}
 
 run() {
   echo "+ python$(printf ' %q' "$@")"
@@ -137,10 +152,8 @@ pipeline() {
     krr_st+=(--iters 3 --pool_steps 9 --batch_real 32)
     evaluate+=(--epochs 2 --krr_st_epochs 4 --finetune_steps 3)
   fi
-  read -ra seeds <<< "${SEEDS:-$seeds}"
-  read -ra sets <<< "${sets//:SSL/:$ssl}"
-  [ -z "$DOWNSTREAM" ] || read -ra downstream <<< "$DOWNSTREAM"
-  read -ra words <<< "$STUDENT" && student+=("${words[@]}")
+  [ -z "$DOWNSTREAM" ] || downstream=($DOWNSTREAM)
+  seeds=(${SEEDS:-$seeds}) sets=(${sets//:SSL/:$ssl}) student+=($STUDENT)
 
   local suffix= name
   name=$(basename "${dataset#*:}")
@@ -160,17 +173,16 @@ pipeline() {
   attempt train_experts.py "${data[@]}" "${student[@]}" "${experts[@]}" $EXPERTS || return
 
   # The sets. One that fails is "not run" in the table; one that is there with other options stops the run.
-  local set init seed ordered=() made=" "
+  local set init seed s ordered=() made=" "
   for set in "${sets[@]}"; do [[ $set = *_lr_from_* ]] || ordered+=("${set%%:*}"); done
   for set in "${sets[@]}"; do [[ $set != *_lr_from_* ]] || ordered+=("${set%%:*}"); done
   for set in "${ordered[@]}"; do
-    for seed in ${DISTILL_SEEDS:-0}; do
+    for s in ${DISTILL_SEEDS:-0}; do
+      seed=$((10#$s))
+      [ "$set" != subset_high_loss ] || seed=0 # does not depend on it
       init=${set#subset_} init=${init#mkdt_} init=${init#krr_st_} init=${init%%_lr_from*} init=${init%_[0-9]*}
       name=$set words=("${data[@]}" "${student[@]}" --fraction "$fraction" --init "$init")
-      if [ "$seed" != 0 ]; then
-        [ "$set" != subset_high_loss ] || continue # does not depend on it
-        name+=_seed$seed words+=(--seed "$seed")
-      fi
+      [ "$seed" = 0 ] || { name+=_seed$seed && words+=(--seed "$seed"); }
       case $set in
         none | full) continue ;;
         subset_*_lr_from_*) words+=("${distill[@]}" $DISTILL --iters 0 --lr_from "${name#*_lr_from_}") ;;
@@ -195,22 +207,28 @@ pipeline() {
     touch "$marker"
     attempt evaluate.py "${words[@]}" $EVALUATE --name "$name" --sets "${sets[@]}" \
       --downstream "${downstream[@]}" --seeds "${seeds[@]}" || true
-    {
-      echo "## $(basename "$out"): $name" && echo
-      if [ "$out/$name.md" -nt "$marker" ]; then cat "$out/$name.md"; else echo "not run"; fi
-      echo
-    } >> "$parts"
+    echo "## $(basename "$out"): $name"$'\n' >> "$parts"
+    if [ "$out/$name.md" -nt "$marker" ]; then
+      made_any=1
+    elif [ -f "$out/$name.md" ]; then
+      echo "Not made this time; from an earlier run:"$'\n' >> "$parts"
+    else
+      echo "not run" >> "$parts"
+    fi
+    [ ! -f "$out/$name.md" ] || cat "$out/$name.md" >> "$parts"
+    echo >> "$parts"
   done
 }
 
-marker=$(mktemp) parts=$(mktemp)
+marker=$(mktemp) parts=$(mktemp) made_any=
 trap 'rm -f "$marker" "$parts"' EXIT
 for preset in $presets; do
   pipeline "$preset" || printf '## %s\n\nnot run\n\n' "$preset" >> "$parts"
 done
-if [ "$table" ] && [ -z "$DRY_RUN" ]; then
-  result=${OUT:-runs}/$table${rehearse:+_rehearsal}.md
-  mkdir -p "${OUT:-runs}" && cp "$parts" "$result.tmp"
+if [ "$table" ] && [ "$made_any" ]; then
+  of=${folder:+$(basename "$folder")} of=${of:-$preset_given} # of the paper's own sets: none
+  result=${OUT:-runs}/$table${of:+_$of}${rehearse:+_rehearsal}.md
+  cp "$parts" "$result.tmp"
   mv "$result.tmp" "$result"
   echo "wrote $result"
 fi

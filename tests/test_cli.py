@@ -191,6 +191,11 @@ def test_seeds_and_rows():
     ]  # fmt: skip
     assert [d.lr_from for d in calls["distill"][-2:]] == ["mkdt_random", "mkdt_random_seed2"]
     assert calls["distill"][3].iters == 70
+    calls = commands("digits", SETS="subset_high_loss\nmkdt_random", DISTILL_SEEDS="01 2", FRACTION="0.050")
+    names = [d.name for d in calls["distill"]]
+    assert names == ["subset_high_loss", "mkdt_random_seed1", "mkdt_random_seed2"]
+    assert {str(d.out_dir) for d in calls["distill"]} == {"runs/digits"}
+    calls = commands("digits", SETS=rows, DISTILL_SEEDS="0 2", SEEDS="5", STUDENT="--width 9")
     assert calls["evaluate"][0].seeds == [5] and calls["evaluate"][0].sets == rows.split()
     assert {a.width for name in STAGES[1:] for a in calls[name]} == {9}
 
@@ -199,7 +204,9 @@ def test_run_all_refuses():
     calls = [(["mnist"], {}), (["imagefolder"], {}), (["imagefolder", ""], {}), (["digits", "fast"], {})]
     calls += [(["table8"], {}), (["table1", "mnist"], {}), (["table1", "rehearse", "digits"], {})]
     calls += [([], {"FRACTION": f}) for f in ("abc", "5%", "0,05", "1/20", "-1")]
-    calls += [([], {"SEEDS": "0,1"}), ([], {"DISTILL_SEEDS": "a"})]
+    calls += [([], {"SEEDS": "0,1"}), ([], {"DISTILL_SEEDS": "a"}), ([], {"SEEDS": "99999999999"})]
+    calls += [([], {"DOWNSTREAM": "digits mnist"}), ([], {"FRACTION": "0.0"})]
+    calls += [([], {"OUT": __file__}), ([], {"PYTHON": "/no/python"})]
     calls += [([], {"SETS": s}) for s in ("mkdt", "gan_random", "mkdt_random:gan", "none:kd", "subset_easy")]
     for words, variables in calls:
         done = run_all(*words, **variables)

@@ -296,6 +296,19 @@ def test_krr_st(copy, stage, monkeypatch):
     assert len({words[2] for words in made}) == len(made)  # each with a seed of its own
 
 
+def test_clipped_gradient(copy, stage):
+    """--clip_grad bounds the norm of the pixels' gradient, which the log holds as it was."""
+    run = [*DISTILL, "--out_dir", copy, "--iters", "1", "--init", "random", "--lr_img", "1"]
+    start = read(copy / "sets/subset_random.pt")["images"]
+    moved = {}
+    for name, more in {"free": [], "clipped": ["--clip_grad", "1e-5"]}.items():
+        stage("distill", [*run, *more, "--name", name])
+        moved[name] = (read(copy / f"sets/{name}.pt")["images"] - start).norm().item()
+        record = json.loads((copy / f"distill_{name}.jsonl").read_text().splitlines()[-1])
+        assert record["gradient_norm"] == pytest.approx(moved["free"], rel=1e-2)
+    assert moved["free"] > 2e-5 and moved["clipped"] == pytest.approx(1e-5, rel=1e-1)
+
+
 def test_lr_stays_positive(copy, stage):
     stage(
         "distill",
@@ -490,7 +503,9 @@ def test_rows_that_failed_or_were_not_run(copy, stage, capsys):
         assert sum(words in message for message in messages) == 1
     lines = (copy / "results.md").read_text().splitlines()
     assert lines[2].startswith("| no pre-training | 2 | failed | ") and "±" in lines[2]
-    assert "| KRR-ST | 0 | not run | not run |" in lines and "| MKDT | 0 | not run | not run |" in lines
+    assert "| KRR-ST | 0 | not run | not run |" in lines and "| MKDT | 2 | failed | failed |" in lines
+    assert "| pre-training set; labels of no | n | 0.1 % labels | 20 % labels |" in lines  # shown, all failed
+    assert lines.count("| full data | 2 | failed | failed |") == 1
 
 
 def test_the_papers_figures(copy, stage):
@@ -512,21 +527,114 @@ def test_the_papers_figures(copy, stage):
 
 def test_table_of_the_papers_own_sets():
     """The paper's column stands right of ours; rows pre-trained in another way have none."""
-    rows = [("subset_random", "kd"), ("subset_random", "simclr"), ("mkdt_high_loss", "kd")]
+    rows = {(name, "kd"): [name] for name in ("subset_random", "mkdt_high_loss")}
+    rows["subset_random", "simclr"] = ["subset_random"]
+    rows = dict(sorted(rows.items(), reverse=True))
     sets = ["cifar10", "dogs"]
     cells = {(row, d, 0.01): torch.tensor([[40.0, 42.0, 44.0]]) for row in rows for d in sets}
-    cells[rows[2], "cifar10", 0.01] = torch.tensor([[45.0, float("nan"), 47.0]])
+    cells[("mkdt_high_loss", "kd"), "cifar10", 0.01] = torch.tensor([[45.0, float("nan"), 47.0]])
     paper = evaluate.read_paper("table1", "cifar10", "convnet")
     text = evaluate.make_tables(cells, rows, sets, [0.01], paper, "cifar10")
     first, second = text.split("\n\n")
     assert first.splitlines() == [
         "| pre-training set; labels of cifar10 | n | 1 % labels | difference | paper |",
         "|---|---|---|---|---|",
-        "| random subset | 3 | 42.00 ± 2.00 |  | 36.35 ± 0.67 |",
         "| random subset, pre-trained by SimCLR | 3 | 42.00 ± 2.00 | +0.00 ± 0.00 |  |",
-        "| MKDT | 3 | 46.00 ± 1.41 (1 seeds failed) | +4.00 ± 1.00 | 44.36 ± 1.61 |",
+        "| random subset | 3 | 42.00 ± 2.00 |  | 36.35 ± 0.67 |",
+        "| MKDT | 3 | 46.00 ± 1.41 (1 of 3 seeds failed) | +4.00 ± 1.00 | 44.36 ± 1.61 |",
     ]
     assert second.splitlines()[4] == "| MKDT | 3 | 42.00 ± 2.00 | +0.00 ± 0.00 | 2.11 ± 0.28 |"
+
+
+def test_standard_error_of_a_difference():
+    """Sets of both rows count; those of the same distillation seeds are paired; what failed is left out."""
+    torch.manual_seed(0)
+    x, b = torch.randn(3, 4) * 5 + 50, torch.randn(3, 4) * 5 + 50
+
+    def of_mean(v):
+        return v.var() / len(v)
+
+    seeds = of_mean(x.mean(0) - b.mean(0))
+    paired = (seeds + of_mean((x - b).mean(1))) ** 0.5
+    apart = (seeds + of_mean(x.mean(1)) + of_mean(b.mean(1))) ** 0.5
+    d = x.mean() - b.mean()
+    assert evaluate.difference_text(x, b, True) == f"{d:+.2f} ± {paired:.2f}"
+    assert evaluate.difference_text(x, b, False) == f"{d:+.2f} ± {apart:.2f}"
+    one = (of_mean(x[0] - b.mean(0)) + of_mean(b.mean(1))) ** 0.5  # "full" against several subsets
+    assert evaluate.difference_text(x[:1], b, False) == f"{x[0].mean() - b.mean():+.2f} ± {one:.2f}"
+    assert evaluate.difference_text(x[:1, :1], b[:1, :1], True) == f"{x[0, 0] - b[0, 0]:+.2f}"
+    broken = x.clone()
+    broken[1], broken[0, 2] = float("nan"), float("nan")
+    rest, base = x[[0, 2]][:, [0, 1, 3]], b[:, [0, 1, 3]]
+    error = of_mean(rest.mean(0) - base.mean(0)) + of_mean(rest.mean(1)) + of_mean(base.mean(1))
+    text = f"{rest.mean() - base.mean():+.2f} ± {error**0.5:.2f}"
+    assert evaluate.difference_text(broken, b, True) == text
+    assert evaluate.accuracy_text(broken).endswith("(1 of 3 sets failed) (1 of 4 seeds failed)")
+    assert evaluate.difference_text(broken * float("nan"), b, True) == ""
+    assert evaluate.accuracy_text(None) == "not run" and evaluate.accuracy_text(b * float("nan")) == "failed"
+
+
+def test_one_broken_set_of_several_shows(copy, stage, capsys):
+    stage("distill", [*DISTILL, "--out_dir", copy, "--iters", "0", "--init", "random", "--seed", "1"])
+    (copy / "sets/subset_random_seed1.pt").write_bytes(b"broken")
+    run = [*EVALUATE, "--out_dir", copy, "--sets", "none", "subset_random"]
+    refuses(capsys, lambda: stage("evaluate", run), "subset_random_seed1.pt", "move it away")
+    table = (copy / "results.md").read_text()
+    assert "| random subset | 2 x 2 | " in table and "(1 of 2 sets failed)" in table
+
+
+def test_none_and_full_have_one_meaning(copy, stage):
+    """A set with the name of a repetition of theirs is not theirs."""
+    shutil.copy(copy / "sets/subset_random.pt", copy / "sets/full_seed1.pt")
+    table = (copy / "results.md").read_text().splitlines()
+    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "none", "full"])
+    again = (copy / "results.md").read_text().splitlines()
+    assert [line.split(" | ")[2] for line in again[2:4]] == [
+        line.split(" | ")[2] for line in (table[2], table[7])
+    ]
+
+
+def test_sets_that_are_too_small(copy, stage, capsys):
+    contents = read(copy / "sets/subset_random.pt")
+    few = {name: contents[name][:1].clone() for name in ("images", "targets")}
+    torch.save({**contents, **few}, copy / "sets/one.pt")
+    run = [*EVALUATE, "--out_dir", copy, "--seeds", "0", "--sets"]
+    stage("evaluate", [*run, "one"])
+    refuses(capsys, lambda: stage("evaluate", [*run, "one:simclr"]), "1 images in batches of 256", "simclr")
+    resnet = ["--arch", "resnet10", "--norm", "instance", "--width", "2"]
+    refuses(capsys, lambda: stage("evaluate", [*run, "one", *resnet]), "1 images in batches of 256", "kd")
+    empty = {name: contents[name][:0].clone() for name in ("images", "targets")}
+    torch.save({**contents, **empty}, copy / "sets/one.pt")
+    refuses(capsys, lambda: stage("evaluate", [*run, "one"]), "one.pt", "0 targets")
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("protocol", ["linear", "finetune"])
+def test_last_batches_of_one_image(copy, stage, protocol, norm):
+    """ResNets leave them out; their last map of 8 px images keeps what instance norm needs."""
+    run = [*EVALUATE, "--out_dir", copy, "--seeds", "0", "--width", "4", "--sets", "subset_random"]
+    more = ["--batch_size", "7", "--protocol", protocol, "--finetune_steps", "2", "--fractions", "0.2"]
+    stage("evaluate", [*run, *more, "--arch", "resnet10", "--norm", norm])
+    net = evaluate.make_encoder(
+        evaluate.parse_args(["--arch", "resnet10", "--norm", norm, "--width", "4"]), D, 8, 1
+    )
+    features = net.eval().features(torch.randn(2, 1, 8, 8))
+    assert features.shape == (2, 32) and (features[0] != features[1]).any()
+
+
+def test_encoders_that_diverged_have_no_accuracy(copy, stage, capsys):
+    run = [*EVALUATE, "--out_dir", copy, "--seeds", "0", "--sets", "full", "--lr", "1e15", "--epochs", "1"]
+    for protocol in ("linear", "finetune"):
+        stop = lambda p=protocol: stage("evaluate", [*run, "--batch_size", "200", "--protocol", p])  # noqa: E731
+        refuses(capsys, stop, "diverged")
+        assert "| full data | 1 | failed |" in (copy / "results.md").read_text()
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"a,b\n1,2\n", b"table,arch\ntable1,convnet\n"])
+def test_broken_file_of_the_papers_figures(tmp_path, monkeypatch, capsys, text):
+    (tmp_path / "paper.csv").write_bytes(text)
+    monkeypatch.setattr(evaluate, "PAPER", tmp_path / "paper.csv")
+    refuses(capsys, lambda: evaluate.read_paper("table1", "cifar10", "convnet"), "paper.csv", "--paper")
 
 
 # -- the teacher ---------------------------------------------------------------------------------------------
@@ -709,7 +817,7 @@ def test_names_of_sets_by_their_seed():
         assert distill.parse_args(options).name == name
 
 
-@pytest.mark.parametrize("name", ["..", "a/b", "none", "full", "", "-x"])
+@pytest.mark.parametrize("name", ["..", "a/b", "none", "full", "", "-x", "full_seed1", "_seed1"])
 def test_names_of_sets(name, tmp_path, stage, capsys):
     refuses(capsys, lambda: stage("distill", [*DISTILL, "--out_dir", tmp_path, f"--name={name}"]), "--name")
 
