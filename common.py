@@ -109,6 +109,7 @@ class ImageSet(NamedTuple):
     labels: torch.Tensor  # (N,) int64
     mean: torch.Tensor  # (C,) of the pixels in [0, 1]; the training split's serve both splits
     std: torch.Tensor  # (C,)
+    flip: bool = True  # whether views may be mirrored
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -198,7 +199,7 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
         except ValueError as error:
             pool.shutdown(cancel_futures=True)
             fail(f"{error}; replace it or take it away")
-    mean, std = DATASETS[key].mean, DATASETS[key].std
+    _, mean, std, flip = DATASETS[key]
     if mean is None:
         # From the counts of the 256 values, so that no float copy of the images is made.
         counts = [torch.bincount(images[:, c].flatten(), minlength=256).double() for c in range(channels)]
@@ -206,7 +207,7 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
         values = torch.arange(256).double() / 255
         mean = share @ values
         std = (share @ values.square() - mean.square()).clamp(min=1e-4).sqrt()
-    return ImageSet(images, labels, torch.as_tensor(mean).float(), torch.as_tensor(std).float())
+    return ImageSet(images, labels, torch.as_tensor(mean).float(), torch.as_tensor(std).float(), flip)
 
 
 def normalise(images, mean, std):
@@ -221,8 +222,8 @@ def images_id(images):
 
 
 def denormalise(images, mean, std):
-    """The inverse of normalise, cut to [0, 1]: for looking at images."""
-    return (images * std.view(-1, 1, 1).to(images.device) + mean.view(-1, 1, 1).to(images.device)).clamp(0, 1)
+    """The inverse of normalise; not cut to [0, 1], so that pixels outside keep their gradient."""
+    return images * std.view(-1, 1, 1).to(images.device) + mean.view(-1, 1, 1).to(images.device)
 
 
 class _Files:
@@ -513,7 +514,7 @@ def random_view(
         jitter: strength of brightness, contrast, saturation, and hue (in turns).
         blur, solarize: probabilities.
 
-    Returns (B, C, H, W) float32 in [0, 1], differentiable in images.
+    Returns (B, C, H, W) in [0, 1], float32 or of the images' own precision, differentiable in images.
 
     differs: torchvision jitters in a random order, cuts to [0, 1] after each change and turns the hue in HSV.
     Here the hue is a rotation in YIQ; then brightness, contrast, saturation and hue commute, and one 3x3
@@ -521,10 +522,10 @@ def random_view(
     """
     b, channels = images.shape[:2]
     x = images.float() / 255 if images.dtype == torch.uint8 else images
-    device = x.device
+    device, dtype = x.device, x.dtype
 
-    def uniform(low, high):
-        return torch.rand(b, generator=generator, device=device) * (high - low) + low
+    def uniform(low, high):  # drawn in float32, so that a draw does not depend on the precision
+        return torch.rand(b, generator=generator, device=device).to(dtype) * (high - low) + low
 
     def chance(p):
         return torch.rand(b, generator=generator, device=device) < p
@@ -532,31 +533,33 @@ def random_view(
     # Crop and mirror: an affine grid in [-1, 1]. Where torchvision draws again, sides above 1 are cut to 1.
     area, log_ratio = uniform(min_crop, 1), uniform(math.log(3 / 4), math.log(4 / 3))
     w, h = (area * log_ratio.exp()).sqrt().clamp(max=1), (area / log_ratio.exp()).sqrt().clamp(max=1)
-    affine = torch.zeros(b, 2, 3, device=device)
-    affine[:, 0, 0] = w * (1 - 2 * chance(0.5).float()) if flip else w
+    affine = torch.zeros(b, 2, 3, device=device, dtype=dtype)
+    affine[:, 0, 0] = w * (1 - 2 * chance(0.5).to(dtype)) if flip else w
     affine[:, 1, 1] = h
     affine[:, 0, 2], affine[:, 1, 2] = uniform(-1, 1) * (1 - w), uniform(-1, 1) * (1 - h)
     grid = F.affine_grid(affine, list(x.shape), align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
     # Colours: y = gain * M x + (1 - contrast) * mean luma of the image.
-    on = chance(0.8).float()
+    on = chance(0.8).to(dtype)
     brightness, contrast = (1 + on * uniform(-s, s) for s in jitter[:2])
     saturation = 1 + on * uniform(-jitter[2], jitter[2])
     angle = on * uniform(-jitter[3], jitter[3]) * 2 * math.pi
-    saturation = saturation * (~chance(0.2)).float()
+    saturation = saturation * (~chance(0.2)).to(dtype)
     if channels == 3:
         to_yiq = torch.tensor(
-            [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], device=device
+            [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]],
+            device=device,
+            dtype=dtype,
         )
         cos, sin = saturation * angle.cos(), saturation * angle.sin()
-        turn = torch.zeros(b, 3, 3, device=device)
+        turn = torch.zeros(b, 3, 3, device=device, dtype=dtype)
         turn[:, 0, 0], turn[:, 1, 1], turn[:, 2, 2], turn[:, 1, 2], turn[:, 2, 1] = 1, cos, cos, -sin, sin
         matrix = to_yiq.inverse() @ turn @ to_yiq
         luma = to_yiq[0]
     else:
-        matrix = torch.eye(channels, device=device).expand(b, -1, -1)
-        luma = torch.full((channels,), 1 / channels, device=device)
+        matrix = torch.eye(channels, device=device, dtype=dtype).expand(b, -1, -1)
+        luma = torch.full((channels,), 1 / channels, device=device, dtype=dtype)
     mean_luma = (luma.view(-1, 1, 1) * x).sum(1).mean((1, 2))  # (B,)
     matrix = matrix * (brightness * contrast).view(-1, 1, 1)
     offset = ((1 - contrast) * brightness * mean_luma).view(-1, 1, 1)
@@ -567,7 +570,7 @@ def random_view(
         at = torch.arange(-radius, radius + 1, device=device)
         kernel = (-at.square() / (2 * uniform(0.1, 2).square().view(-1, 1))).exp()
         kernel = kernel / kernel.sum(1, keepdim=True)
-        kernel = torch.where(chance(blur).view(-1, 1), kernel, (at == 0).float())
+        kernel = torch.where(chance(blur).view(-1, 1), kernel, (at == 0).to(dtype))
         kernel = kernel.repeat_interleave(channels, 0).view(b * channels, 1, 1, -1)
         flat = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1).unsqueeze(0)
         flat = F.conv2d(flat, kernel, groups=b * channels)
@@ -575,6 +578,45 @@ def random_view(
     if solarize > 0:
         x = torch.where(chance(solarize).view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
     return x
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Objectives of students
+# ------------------------------------------------------------------------------------------------------------
+
+SSL = {  # of the student's outputs for two views; weights as in train_teacher.py
+    "barlow_twins": lambda z1, z2: barlow_twins_loss(z1, z2, off_diagonal=8 / 1024),
+    "simclr": lambda z1, z2: simclr_loss(z1, z2, temperature=0.5),
+}
+OBJECTIVES = ("kd", "supervised", *SSL)
+
+
+def make_objective(name, data):
+    """The loss of a student on a batch: a function (f, x, z, generator) -> scalar.
+
+    "kd" is the MSE of f(x) to the targets z (eq. 5), "supervised" the cross-entropy to one-hot labels z, both
+    without augmentation. SSL compares f of two random views of x, and z is not looked at. What the paper's
+    section 4.1 says of the last two is what train_experts.py and distill.py can show.
+
+    Args:
+        name: one of OBJECTIVES.
+        data: the ImageSet whose mean and std the student sees images by, and whose views may be mirrored.
+
+    Args of the function: f, images (B, C, H, W) -> (B, D); x, (B, C, H, W) uint8, or float and normalised;
+    z, (B, D); generator, a torch.Generator for the views, on the images' device.
+    """
+
+    stats = (data.mean, data.std)
+
+    def loss(f, x, z, generator=None):
+        if name in SSL:
+            x = x if x.dtype == torch.uint8 else denormalise(x, *stats)
+            views = [random_view(x, generator, flip=data.flip) for _ in range(2)]
+            return SSL[name](*(f(normalise(view, *stats)) for view in views))
+        outputs = f(normalise(x, *stats) if x.dtype == torch.uint8 else x)
+        return F.mse_loss(outputs, z) if name == "kd" else F.cross_entropy(outputs, z)
+
+    return loss
 
 
 # ------------------------------------------------------------------------------------------------------------

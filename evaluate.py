@@ -56,10 +56,6 @@ OBJECTIVES = {  # of the pre-training, and how a row says it
     "barlow_twins": "pre-trained by Barlow Twins",
     "simclr": "pre-trained by SimCLR",
 }
-SSL = {  # SSL objectives of the encoder's outputs for two views; weights as in train_teacher.py
-    "barlow_twins": lambda z1, z2: common.barlow_twins_loss(z1, z2, off_diagonal=8 / 1024),
-    "simclr": lambda z1, z2: common.simclr_loss(z1, z2, temperature=0.5),
-}
 KRR_ST = dict(lr=0.1, momentum=0.9, weight_decay=1e-3)  # its own recipe, for any set's targets
 FINETUNE = {  # recipes of full fine-tuning, all SGD with momentum 0.9 and cosine decay, batches of 256
     "finetune": dict(epochs=50, lr=0.05, backbone=1.0, weight_decay=0.0, augment=False),  # MKDT's authors
@@ -151,18 +147,18 @@ def make_encoder(args, out_dim, image_size, channels):
     return common.ResNet(blocks, out_dim, channels, args.width, lambda w: nn.GroupNorm(w, w), strides)
 
 
-def pretrain(net, objective, images, targets, stats, lr, args, seed):
+def pretrain(net, objective, images, targets, data, lr, args, seed):
     """Train net in place on a set: by SGD on the MSE to its targets (objective "kd", eq. 9), or by SSL.
 
     "krr_st" is "kd" with the recipe of KRR-ST (Lee et al., ICLR 2024). SSL sees the images alone, in two
     random views, and trains by Adam, as the paper does (appendix A.2). images (S, C, H, W) are normalised by
-    stats, the data set's mean and std, or uint8."""
+    the mean and std of data, an ImageSet, or uint8."""
     epochs = args.krr_st_epochs if objective == "krr_st" else args.epochs
     net.train()
     order = torch.Generator().manual_seed(seed)
     draws = torch.Generator(args.device).manual_seed(seed)
-    flip = common.DATASETS[args.dataset.partition(":")[0]].flip
-    if objective in SSL:
+    loss_fn = common.make_objective("kd" if objective == "krr_st" else objective, data)
+    if objective in common.SSL:
         optimizer = torch.optim.Adam(net.parameters(), args.ssl_lr, weight_decay=1e-6)
     elif objective == "krr_st":
         momentum, weight_decay = KRR_ST["momentum"], KRR_ST["weight_decay"]
@@ -170,20 +166,13 @@ def pretrain(net, objective, images, targets, stats, lr, args, seed):
     else:
         optimizer = torch.optim.SGD(net.parameters(), lr, args.momentum, weight_decay=args.weight_decay)
 
-    def loss_fn(x, z):
-        if objective not in SSL:
-            return F.mse_loss(net(common.normalise(x, *stats) if x.dtype == torch.uint8 else x), z)
-        x = x if x.dtype == torch.uint8 else common.denormalise(x, *stats)
-        views = [common.random_view(x, draws, flip=flip) for _ in range(2)]
-        return SSL[objective](*(net(common.normalise(view, *stats)) for view in views))
-
     steps = 0
     for _ in range(epochs):
         for batch in torch.randperm(len(images), generator=order).to(images.device).split(args.batch_size):
-            if len(batch) < 2 and (objective in SSL or args.arch != "convnet"):
+            if len(batch) < 2 and (objective in common.SSL or args.arch != "convnet"):
                 continue  # nothing to contrast it with, or to take BatchNorm's statistics over
             steps += 1
-            loss = loss_fn(images[batch], targets[batch])
+            loss = loss_fn(net, images[batch], targets[batch], draws)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -247,7 +236,7 @@ def finetune(net, name, train, test, fractions, args, seed):
     recipe = FINETUNE[args.protocol]
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     order = label_order(train.labels, args.label_draw, seed if args.label_seed is None else args.label_seed)
-    flip, stats = common.DATASETS[name.partition(":")[0]].flip, (train.mean, train.std)
+    stats = (train.mean, train.std)
     accuracies = {}
     for fraction in fractions:
         labelled = order[: int(fraction * len(order))]
@@ -278,7 +267,11 @@ def finetune(net, name, train, test, fractions, args, seed):
             batch = batches.pop(0)
             if len(batch) < 2 and args.arch != "convnet":
                 continue  # as in pretrain
-            x = random_crop(train.images[batch], draws, flip) if recipe["augment"] else train.images[batch]
+            x = (
+                random_crop(train.images[batch], draws, train.flip)
+                if recipe["augment"]
+                else train.images[batch]
+            )
             loss = F.cross_entropy(head(body.features(common.normalise(x, *stats))), train.labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -608,7 +601,6 @@ def main(args):
         args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit
     )
     channels, px = train.images.shape[1:3]
-    stats = (train.mean, train.std)
     failures = []
 
     def attempt(function, *arguments):
@@ -657,7 +649,7 @@ def main(args):
         net = make_encoder(args, all_targets.shape[1], px, channels).to(args.device)
         if images is not None:
             images, targets = images.to(args.device), targets.to(args.device)
-            pretrain(net, objective, images, targets, stats, lr, args, SEEDS + seed)
+            pretrain(net, objective, images, targets, train, lr, args, SEEDS + seed)
         if not all(p.isfinite().all() for p in net.parameters()):
             lr = {"kd": lr, "krr_st": KRR_ST["lr"]}.get(objective, args.ssl_lr)
             common.fail(f"pre-training on {name} by {objective}, seed {seed}, diverged: its lr is {lr:.3g}")

@@ -170,7 +170,7 @@ def main(args):
     made = {"options": {"train_teacher": options}, "images_id": common.images_id(images.images)}
 
     if not trained:
-        view = {"min_crop": args.min_crop, "flip": common.DATASETS[key].flip}
+        view = {"min_crop": args.min_crop, "flip": images.flip}
         if px >= 64:  # as in Barlow Twins' recipe for large images
             view |= {"blur": 0.5, "solarize": 0.1}
         train(encoder, train_images, stats, view, args, log)

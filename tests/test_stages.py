@@ -379,10 +379,11 @@ def test_pretraining_lowers_its_loss(objective):
             return torch.nn.functional.mse_loss(net(images), targets).item()
         x = common.denormalise(images, *stats)
         views = [common.random_view(x, torch.Generator().manual_seed(i), flip=False) for i in range(2)]
-        return evaluate.SSL[objective](*(net(common.normalise(view, *stats)) for view in views)).item()
+        return common.SSL[objective](*(net(common.normalise(view, *stats)) for view in views)).item()
 
     before = loss()
-    evaluate.pretrain(net, objective, images, targets, stats, 0.1, args, seed=0)
+    data = common.ImageSet(None, None, *stats, flip=False)
+    evaluate.pretrain(net, objective, images, targets, data, 0.1, args, seed=0)
     assert loss() < before
 
 
