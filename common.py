@@ -735,13 +735,23 @@ def load(path, keys, made_by, mmap=False):
     return contents
 
 
-def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None):
+def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None, objective="kd"):
     """The targets of a run with the training images that they belong to, for the stages after the teacher.
 
     Returns (train ImageSet, targets (N, D) float32, made): made is what the next file carries of its origin,
     {options of the earlier stages, images_id, targets_id}. Exits if targets and images do not belong
-    together. A targets.pt written by a fork needs no more than {targets}.
+    together. A targets.pt written by a fork needs no more than {targets}. It is only read for the objective
+    "kd": the targets of "supervised" are the labels, one-hot, and SSL has none, (N, 0).
     """
+    if objective != "kd":
+        train = load_images(dataset, "train", data_dir, image_size, limit)
+        num_classes = int(train.labels.max()) + 1
+        if objective == "supervised" and num_classes < 2:
+            fail(f"--objective supervised: {dataset} has one class, so no labels to learn; choose another")
+        one_hot = F.one_hot(train.labels, num_classes).float()
+        targets = one_hot if objective == "supervised" else one_hot[:, :0]
+        made = {"options": {}, "images_id": images_id(train.images), "targets_id": fingerprint(targets)}
+        return train, targets, made
     path = Path(out_dir) / "targets.pt"
     contents = load(path, {"targets": 2}, f"train_teacher.py --dataset {dataset} --out_dir {out_dir}")
     targets = contents["targets"]

@@ -4,6 +4,9 @@ In every iteration, a student starts from an expert's weights at epoch t, takes 
 set, and should arrive where the expert was after M more epochs on the real data. The gradient of the distance
 (paper, eq. 4) moves the synthetic images and their learning rate.
 
+Experts of another objective (train_experts.py --objective) are matched by students with the same, which their
+files name: MTT on labels, or naively on SSL (section 4.1).
+
 Baselines: a plain subset (random, high-loss or SAS: --iters 0), and KRR-ST (--method krr_st), which learns
 images and targets by kernel ridge regression on the features of students that train on them.
 
@@ -37,6 +40,7 @@ RECIPES = {  # defaults that depend on the method
     "mkdt": dict(init="high_loss", iters=5000, lr_img=1e3),
     "krr_st": dict(init="random", iters=160_000, lr_img=1e-4),
 }
+INITS = ["high_loss", "random", "sas"]
 
 
 def parse_args(argv=None):
@@ -56,7 +60,7 @@ def parse_args(argv=None):
     syn.add_argument("--method", choices=RECIPES, default="mkdt", help="how it is learnt")
     syn.add_argument("--fraction", type=number, default=0.02, help="|D_syn| / |D_real|")
     inits = "start of D_syn (default: high_loss, krr_st random)"
-    syn.add_argument("--init", choices=["high_loss", "random", "sas"], help=inits)
+    syn.add_argument("--init", choices=INITS, help=inits)
     syn.add_argument("--num_latent_classes", type=positive, help="SAS: of k-means (default: the data set's)")
     syn.add_argument("--latent_classes", metavar="FILE", help="SAS: .pt with {latent_classes (N,) int64}")
     syn.add_argument("--iters", type=natural, help="S (default: 5000, krr_st 160000); 0: the plain subset")
@@ -71,6 +75,7 @@ def parse_args(argv=None):
     syn.add_argument("--lr_from", metavar="NAME", help="take it from OUT/sets/NAME.pt instead")
     match = parser.add_argument_group("trajectory matching (eq. 4 and 8)")
     match.add_argument("--syn_steps", type=positive, default=40, help="N, steps on D_syn (tinyimagenet: 10)")
+    match.add_argument("--max_experts", type=positive, help="match the first so many alone (default: all)")
     match.add_argument("--expert_epochs", type=positive, default=2, help="M, epochs of the expert to match")
     match.add_argument("--max_start_epoch", type=positive, default=2, help="T+ > t (5 %% of cifar: 5)")
     match.add_argument("--batch_syn", type=positive, default=256, help="synthetic images a step")
@@ -117,11 +122,11 @@ class _StudentSteps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, theta, images, targets, lr, loss_fn, batches, momentum):
         images, targets, thetas, velocity = images.detach(), targets.detach(), [], torch.zeros_like(theta)
-        for batch in batches:
+        for n, batch in enumerate(batches):
             thetas.append(theta.detach())
             with torch.enable_grad():
                 theta_n = theta.detach().requires_grad_()
-                (g,) = torch.autograd.grad(loss_fn(theta_n, images[batch], targets[batch]), theta_n)
+                (g,) = torch.autograd.grad(loss_fn(theta_n, images[batch], targets[batch], n), theta_n)
             velocity = momentum * velocity + g
             theta = theta - lr * velocity
         ctx.save_for_backward(images, targets, lr, *thetas)
@@ -134,12 +139,13 @@ class _StudentSteps(torch.autograd.Function):
         images, targets, lr, *thetas = ctx.saved_tensors
         d_images, d_targets, d_lr = torch.zeros_like(images), torch.zeros_like(targets), torch.zeros_like(lr)
         r = torch.zeros_like(lam)
-        for theta_n, batch in zip(reversed(thetas), reversed(ctx.batches)):
+        for n in reversed(range(len(thetas))):
+            theta_n, batch = thetas[n], ctx.batches[n]
             r = lam + ctx.momentum * r  # dL/dg_n = - lr r: g_n goes into every later velocity
             with torch.enable_grad():
                 theta_n = theta_n.detach().requires_grad_()
                 x, z = images[batch].detach().requires_grad_(), targets[batch].detach().requires_grad_()
-                (g,) = torch.autograd.grad(ctx.loss_fn(theta_n, x, z), theta_n, create_graph=True)
+                (g,) = torch.autograd.grad(ctx.loss_fn(theta_n, x, z, n), theta_n, create_graph=True)
                 s = torch.dot(g, r)
                 ds_dtheta, ds_dx, ds_dz = torch.autograd.grad(s, (theta_n, x, z), materialize_grads=True)
             d_images.index_add_(0, batch, -lr * ds_dx)
@@ -153,10 +159,10 @@ def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0):
     """Train a student on the synthetic set (eq. 8): theta_{n+1} = theta_n - lr v_{n+1}.
 
     v_{n+1} = momentum v_n + g_n with v_0 = 0, and g_n is the gradient in theta_n of
-    loss_fn(theta_n, images[batches[n]], targets[batches[n]]). The result is exactly differentiable in theta,
-    images, targets and lr. Autograd through the loop would hold the activations of all N steps; here the
-    forward pass keeps theta_n only, and the backward pass walks back. With lam_N = dL/dtheta_N, r_N = 0 and,
-    for n = N-1 ... 0,
+    loss_fn(theta_n, images[batches[n]], targets[batches[n]], n). The result is exactly differentiable in
+    theta, images, targets and lr. Autograd through the loop would hold the activations of all N steps; here
+    the forward pass keeps theta_n only, and the backward pass walks back. With lam_N = dL/dtheta_N, r_N = 0
+    and, for n = N-1 ... 0,
 
         r_n = lam_{n+1} + momentum r_{n+1},   s_n = <g_n, r_n>,   lam_n = lam_{n+1} - lr ds_n/dtheta_n
 
@@ -164,8 +170,8 @@ def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0):
     s_n, and ends in dL/dtheta = lam_0. The memory is that of one step and N + 1 vectors theta_n.
 
     Args:
-        loss_fn: (theta (P,), images (B, C, H, W), targets (B, D)) -> scalar; a function of these alone,
-            without randomness of its own, for it is called again on the way back.
+        loss_fn: (theta (P,), images (B, C, H, W), targets (B, D), n) -> scalar; a function of these alone,
+            for it is called again on the way back: what is random in it must follow from the step's n.
         theta: (P,); images: (S, C, H, W); targets: (S, D); lr: a scalar.
         batches: N index tensors into images and targets.
 
@@ -181,24 +187,26 @@ def matching_loss(theta, start, target):
     return (theta - target).square().sum() / (start - target).square().sum()
 
 
-def draw_batches(size, batch_size, steps, generator):
-    """`steps` index tensors (B,): passes over range(size) in ever new orders; a pass's last may be small."""
+def draw_batches(size, batch_size, steps, generator, smallest=1):
+    """`steps` index tensors (B,): passes over range(size) in ever new orders; a pass's last may be small.
+
+    One of less than `smallest` images, which size and batch_size may not be, is left out.
+    """
     batches = []
     while len(batches) < steps:
-        batches += torch.randperm(size, generator=generator).split(batch_size)
+        order = torch.randperm(size, generator=generator)
+        batches += [batch for batch in order.split(batch_size) if len(batch) >= smallest]
     return batches[:steps]
 
 
-def trajectory_losses(args, net, images, targets, lr, paths, trajectories, generator):
+def trajectory_losses(args, net, loss_fn, images, targets, lr, paths, trajectories, generator):
     """MKDT: yields (matching loss, what was drawn) without end, each differentiable in the synthetic set.
 
-    net gives the shape of the students; images (S, C, H, W), targets (S, D) and lr are the set as it is now;
-    paths and trajectories are load_experts'.
+    net gives the shape of the students; loss_fn is make_objective's, in the paper eq. 5; images
+    (S, C, H, W), targets (S, D) and lr are the set as it is now; paths and trajectories are load_experts'.
     """
-
-    def kd_loss(theta, x, z):
-        """Eq. 5 on a synthetic batch; another objective goes here and into train_experts.py."""
-        return F.mse_loss(common.forward_flat(net, theta, x), z)
+    draws = torch.Generator(args.device)
+    ssl = args.objective in common.SSL
 
     while True:
         k = torch.randint(len(trajectories), (), generator=generator).item()
@@ -207,8 +215,15 @@ def trajectory_losses(args, net, images, targets, lr, paths, trajectories, gener
         goal = trajectories[k][t + args.expert_epochs].to(args.device)
         if not (start.isfinite().all() and goal.isfinite().all()):
             common.fail(f"{paths[k]}: its weights are not all finite; make it again with train_experts.py")
-        batches = draw_batches(len(images), args.batch_syn, args.syn_steps, generator)
-        theta = student_steps(kd_loss, start, images, targets, lr, batches, args.inner_momentum)
+        # One image has nothing to be contrasted with.
+        batches = draw_batches(len(images), args.batch_syn, args.syn_steps, generator, 2 if ssl else 1)
+        seed = torch.randint(2**31, (), generator=generator).item() if ssl else 0
+
+        def step_loss(theta, x, z, n, seed=seed):
+            draws.manual_seed(seed + n)  # on the way back, step n sees its views again
+            return loss_fn(lambda x: common.forward_flat(net, theta, x), x, z, draws)
+
+        theta = student_steps(step_loss, start, images, targets, lr, batches, args.inner_momentum)
         yield matching_loss(theta, start, goal), {"expert": k, "start_epoch": t}
 
 
@@ -353,17 +368,50 @@ def find_latent_classes(args, features, labels):
     return torch.from_numpy(KMeans(count, n_init=1, random_state=args.seed).fit_predict(features)).long()
 
 
-def load_experts(folder, num_images, num_parameters, made):
-    """All experts of a run: (paths, trajectories K times (E + 1, P), example losses (K, N), options so far).
+def expert_paths(folder):
+    """The experts' files in a folder, in the order of their numbers."""
+    return sorted(path for path in folder.glob("*.pt") if re.fullmatch(r"\d{4,}", path.stem))
 
-    The trajectories stay on disk until rows of them are read. Exits if a file does not belong to the others,
-    to these targets (made is load_targets') or to this student.
+
+def students_objective(args, folder):
+    """(objective, out_dim) of the experts in a folder, which are those of the students; out_dim None: as D.
+
+    By the first of them, or "kd" if there are none. Exits if the options do not go with it.
     """
-    paths = sorted(path for path in folder.glob("*.pt") if re.fullmatch(r"\d{4,}", path.stem))
+    objective, out_dim = "kd", None
+    for path in expert_paths(folder)[:1]:
+        made = (
+            common.load(path, {}, "train_experts.py", mmap=True).get("options", {}).get("train_experts", {})
+        )
+        objective, out_dim = made.get("objective", "kd"), made.get("out_dim")
+        if objective not in common.OBJECTIVES:
+            common.fail(f"{path}: has the objective {objective!r}; make it again with train_experts.py")
+    inits = INITS
+    if objective != "kd":  # SAS wants a teacher's features, the high-loss subset a loss of single examples
+        supervised = objective == "supervised" and args.method == "mkdt"
+        inits = ["high_loss", "random"] if supervised else ["random"]
+    if args.init not in inits:
+        common.fail(
+            f"--init {args.init}: the experts in {folder} are {objective}; choose {' or '.join(inits)}"
+        )
+    if objective in common.SSL and args.batch_syn < 2:
+        common.fail(f"--batch_syn {args.batch_syn}: {objective} contrasts images; choose 2 or more")
+    return objective, out_dim
+
+
+def load_experts(folder, num_images, num_parameters, made, count=None):
+    """The experts of a run: (paths, trajectories K times (E + 1, P), example losses (K, N), options so far).
+
+    The trajectories stay on disk until rows of them are read. count: the first so many, None for all. Exits
+    if a file does not belong to the others, to these targets (made is load_targets') or to this student.
+    """
+    paths = expert_paths(folder)
     if not paths:
         common.fail(f"{folder}: has no experts; make them with train_experts.py")
+    if count and count > len(paths):
+        common.fail(f"--max_experts {count}: {folder} has {len(paths)}; choose {len(paths)} or less")
     trajectories, losses, first = [], [], None
-    for path in paths:
+    for path in paths[:count]:
         expert = common.load(path, {"trajectory": 2, "example_loss": 1}, "train_experts.py", mmap=True)
         trajectory, loss = expert["trajectory"], expert["example_loss"].clone()
         options = expert.get("options", {})
@@ -398,8 +446,12 @@ def save_picture(path, start, result, stats, count=30, columns=10):
 def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
+    folder, matching = args.out_dir / "experts", args.method == "mkdt"
+    reads_experts = (matching and args.iters > 0) or args.init == "high_loss"
+    args.objective, out_dim = students_objective(args, folder) if reads_experts else ("kd", None)
+    ssl = args.objective in common.SSL
     train, all_targets, made = common.load_targets(
-        args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit
+        args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit, args.objective
     )
     if args.lr_from:
         source = args.out_dir / "sets" / f"{args.lr_from}.pt"
@@ -413,20 +465,26 @@ def main(args):
     n, channels, px = train.images.shape[:3]
     stats = (train.mean, train.std)
     size = int(args.fraction * n)  # S
-    if not 1 <= size <= n:
+    if not 1 + ssl <= size <= n:
         common.fail(
-            f"--fraction {args.fraction}: makes a set of {size} of {n} images; choose one in ({1 / n:.2g}, 1]"
+            f"--fraction {args.fraction}: makes a set of {size} of {n} images; choose one from "
+            f"{(1 + ssl) / n:.2g} to 1"
         )
-    matching = args.method == "mkdt"
-    shape = (all_targets.shape[1], px, channels, args.width, args.depth or common.default_depth(px))
+    shape = (
+        out_dim or all_targets.shape[1],
+        px,
+        channels,
+        args.width,
+        args.depth or common.default_depth(px),
+    )
 
     def make_net():
         return common.ConvNet(*shape).to(args.device)
 
     net, paths, trajectories = make_net(), [], []
-    if (matching and args.iters) or args.init == "high_loss":
+    if reads_experts:
         paths, trajectories, example_losses, made["options"] = load_experts(
-            args.out_dir / "experts", n, common.flatten(net).numel(), made
+            folder, n, common.flatten(net).numel(), made, args.max_experts
         )
         epochs, needed = len(trajectories[0]) - 1, args.max_start_epoch - 1 + args.expert_epochs
         if matching and args.iters and epochs < needed:
@@ -450,7 +508,8 @@ def main(args):
         if args.lr_targets > 0:
             groups.append({"params": targets.requires_grad_(), "lr": args.lr_targets})
         optimizer = torch.optim.SGD(groups, momentum=args.momentum)
-        losses = trajectory_losses(args, net, images, targets, lr, paths, trajectories, generator)
+        loss_fn = common.make_objective(args.objective, train)
+        losses = trajectory_losses(args, net, loss_fn, images, targets, lr, paths, trajectories, generator)
     else:
         optimizer = torch.optim.AdamW([images, targets.requires_grad_()], args.lr_img, weight_decay=0)
         losses = regression_losses(args, make_net, images, targets, train, all_targets, generator)

@@ -14,10 +14,14 @@ Writes: OUT/results.jsonl   one record an accuracy; a stage that is started agai
     python evaluate.py --downstream cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers --paper table1
     python evaluate.py --sets none subset_random subset_random:simclr krr_st_random:krr_st full
     python evaluate.py --protocol finetune        # full fine-tuning on all labels (appendix B)
+    python evaluate.py --figure1 runs/a runs/b    # or: the paper's figure 1, from the logs of other stages
 
 The set "none" is the student's random initialisation, "full" the real images with the teacher's targets. Sets
 whose names differ by _seedN only are repetitions of one distillation, and one row. What cannot be measured is
 said in a line, shows as "failed" or "not run" in the table, and makes the exit status 2.
+
+--figure1 compares trajectories and their matching over runs of train_experts.py --same_init and distill.py
+that differ in the objective: OUT/NAME.png, the numbers in OUT/NAME.jsonl, and OUT/NAME.md, which reads them.
 """
 
 import argparse
@@ -27,6 +31,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 import time
 from pathlib import Path
 
@@ -62,6 +67,12 @@ FINETUNE = {  # recipes of full fine-tuning, all SGD with momentum 0.9 and cosin
     "finetune_slow": dict(epochs=50, lr=0.05, backbone=0.1, weight_decay=0.0, augment=False),  # before that
     "finetune_krr_st": dict(steps=10_000, lr=0.01, backbone=1.0, weight_decay=5e-4, augment=True),
 }
+FIGURE1 = {  # titles of its curves
+    "kd": "KD",
+    "supervised": "MTT-SL",
+    "barlow_twins": "MTT-SSL (Barlow Twins)",
+    "simclr": "MTT-SSL (SimCLR)",
+}
 PAPER = Path(__file__).parent / "results" / "paper.csv"
 SEEDS = 1_000_000  # encoder seeds start here, far from those of the experts
 
@@ -77,7 +88,9 @@ def parse_args(argv=None):
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     sets = "rows: NAME or NAME:OBJECTIVE, of OUT/sets, none, full (default: none, all, full)"
     data.add_argument("--sets", nargs="+", help=sets)
-    data.add_argument("--name", default="results", help="of the table and the figure")
+    data.add_argument("--name", help="of the table and the figure (default: results, or figure1)")
+    figure1 = "folders of the runs; nothing is trained, and no other option but --out_dir and --name counts"
+    data.add_argument("--figure1", type=Path, nargs="+", metavar="RUN", help=figure1)
     paper = "table1 ... table7: also show the paper's figures, from results/paper.csv"
     data.add_argument("--paper", choices=[f"table{i}" for i in range(1, 8)], metavar="TABLE", help=paper)
     net = parser.add_argument_group("encoder f_S, as in train_experts.py, or a larger one (Table 5)")
@@ -128,6 +141,7 @@ def parse_args(argv=None):
             common.fail(f"--sets {row!r}: choose NAME or NAME:OBJECTIVE, that one of {', '.join(OBJECTIVES)}")
     for name in args.downstream:
         common.parse_dataset(name, args.data_dir)
+    args.name = args.name or ("figure1" if args.figure1 else "results")
     if not re.fullmatch(r"\w[\w.+-]*", args.name):
         common.fail(f"--name {args.name!r}: choose letters, digits, and . + - _ within")
     args.width = args.width or (128 if args.arch == "convnet" else 64)
@@ -534,19 +548,45 @@ def make_tables(cells, rows, downstream, fractions, paper, dataset):
     return "\n".join(tables)
 
 
-def save_figure(path, cells, rows, downstream, fractions):
-    """Accuracy against the labelled fraction, a line and its std over the seeds a row, a panel a data set."""
+def new_figure(path, panels):
+    """(figure, its panels in a row, colours) of matplotlib; without it None, which a line says."""
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         print(f"{path} is left out: it needs matplotlib (pip install matplotlib)")
+        return None
+    figure = Figure(figsize=(4 * panels + 3, 4), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0], colormaps["tab20"].colors
+
+
+def write_figure(path, figure, lines):
+    """Write a figure with the legend of lines, {title: line}, at its right."""
+    figure.axes[-1].legend(
+        lines.values(), lines, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5)
+    )
+    temporary = path.with_name(f"{path.stem}.tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def save_figure(path, cells, rows, downstream, fractions):
+    """Accuracy against the labelled fraction, a line and its std over the seeds a row, a panel a data set."""
+    drawing = new_figure(path, len(downstream))
+    if not drawing:
         return
-    figure = Figure(figsize=(4 * len(downstream) + 3, 4), layout="constrained")
+    figure, panels, colours = drawing
     fractions = sorted(fractions)
     percent, lines = [100 * f for f in fractions], {}  # title of a row -> its line
-    for panel, d in zip(figure.subplots(1, len(downstream), squeeze=False)[0], downstream):
-        for row, colour in zip(rows, itertools.cycle(colormaps["tab20"].colors)):
+    for panel, d in zip(panels, downstream):
+        for row, colour in zip(rows, itertools.cycle(colours)):
             values = [cells[row, d, f] for f in fractions]
             if any(v is None or complete(v).numel() == 0 for v in values):
                 continue
@@ -563,10 +603,7 @@ def save_figure(path, cells, rows, downstream, fractions):
         )
         panel.set_xticks(percent, [f"{p:g}" for p in percent])
         panel.minorticks_off()
-    panel.legend(lines.values(), lines, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    temporary = path.with_name(f"{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    write_figure(path, figure, lines)
 
 
 def write_tables(args, cells, rows, paper):
@@ -585,14 +622,118 @@ def write_tables(args, cells, rows, paper):
         figures = "three seeds, std with divisor n, from results/paper.csv" if paper else "not known here"
         caption += f" The paper's figures: {figures}."
     path = args.out_dir / f"{args.name}.md"
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(f"{tables}\n{caption}\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, f"{tables}\n{caption}\n")
     save_figure(args.out_dir / f"{args.name}.png", cells, rows, args.downstream, args.fractions)
     print(f"\n{tables}\n{caption}\nwrote {path} and results.jsonl")
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Figure 1: how far trajectories of an objective vary, and how well they can be matched
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_curve(run):
+    """What figure 1 shows of a run's folder, from its logs; exits if they do not have it.
+
+    {curve: its title; experts: K; gradient_variance: [start, end]; trajectory_variance, relative_variance:
+    an entry an epoch; matching_loss, pixel_change: an entry an iteration}.
+    """
+    try:
+        found = {}  # by key, the last record's
+        for line in (run / "train_experts.jsonl").read_text(encoding="utf-8").splitlines():
+            found |= json.loads(line)
+        steps = []  # of the only set that was matched
+        for path in run.glob("distill_*.jsonl"):
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            last = max(i for i, record in enumerate(records) if "options" in record)  # start of the stage
+            matched = [record for record in records[last:] if "matching_loss" in record]
+            if matched and steps:
+                common.fail(f"--figure1 {run}: has more than one log of a matching, {path.name} and another")
+            steps = steps or matched
+        options = found["options"]
+        curve = {
+            "curve": f"{FIGURE1[options['objective']]}, batch {options['batch_size']}",
+            "experts": options["num_experts"],
+            "gradient_variance": found.get("gradient_variance", [None, None]),
+            **{key: found[key] for key in ("trajectory_variance", "relative_variance")},
+            **{key: [step[key] for step in steps] for key in ("matching_loss", "pixel_change")},
+        }
+        if not steps:
+            raise KeyError("matching_loss")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        common.fail(
+            f"--figure1 {run}: its logs do not have what is shown ({error!r}); make two experts or more with "
+            "train_experts.py there, and a set with distill.py"
+        )
+    return curve
+
+
+def read_figure(curves):
+    """Three lines and a table in markdown, computed from read_curve's: what figure 1 shows."""
+    epoch = min(len(curve["trajectory_variance"]) for curve in curves) - 1
+    values = {  # column -> a number a curve
+        "gradient's variance: start": [curve["gradient_variance"][0] for curve in curves],
+        "end": [curve["gradient_variance"][1] for curve in curves],
+        f"trajectories' variance: epoch {epoch}": [curve["trajectory_variance"][epoch] for curve in curves],
+        "relative": [curve["relative_variance"][epoch] for curve in curves],
+        "matching loss: first": [curve["matching_loss"][0] for curve in curves],
+        "last": [statistics.mean(curve["matching_loss"][-10:]) for curve in curves],
+        "pixels moved": [curve["pixel_change"][-1] for curve in curves],
+    }
+    lines = [f"| curve | K | {' | '.join(values)} |", "|---" * (len(values) + 2) + "|"]
+    for i, curve in enumerate(curves):
+        numbers = ["" if column[i] is None else f"{column[i]:.3g}" for column in values.values()]
+        lines.append(f"| {curve['curve']} | {curve['experts']} | {' | '.join(numbers)} |")
+
+    def extremes(numbers):
+        """ "most for X, n times as much as for Y, where it is least"."""
+        order = sorted((value or 0.0, curve["curve"]) for value, curve in zip(numbers, curves))
+        (low, least), (high, most) = order[0], order[-1]
+        return f"most for {most}, {high / max(low, 1e-30):.3g} times as much as for {least}, the least"
+
+    _, _, absolute, relative, first, last, moved = values.values()
+    fell = sorted((b - a, f"for {c['curve']} ({a:.3f} to {b:.3f})") for a, b, c in zip(first, last, curves))
+    reading = [
+        f"1. At epoch {epoch} the trajectories vary {extremes(absolute)}; relative to the squared distance "
+        f"travelled, {extremes(relative)}.",
+        f"2. Over the iterations (mean of the last ten) the matching loss fell most {fell[0][1]}, least "
+        f"{fell[-1][1]}.",
+        f"3. The pixels moved {extremes(moved)}.",
+    ]
+    return "\n".join([*reading, "", *lines]) + "\n"
+
+
+def figure1(args):
+    """The paper's figure 1 from the logs of the runs: OUT/NAME.png, NAME.jsonl (its numbers) and NAME.md."""
+    curves = [read_curve(run) for run in args.figure1]
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    path = args.out_dir / f"{args.name}.md"
+    reading = read_figure(curves)
+    write_text(path.with_suffix(".jsonl"), "".join(json.dumps(curve) + "\n" for curve in curves))
+    write_text(path, reading)
+    parts = [  # key, title, x
+        ("trajectory_variance", "1a: variance of trajectories", "epoch"),
+        ("relative_variance", "relative to the squared distance", "epoch"),
+        ("matching_loss", "1b: matching loss", "iteration"),
+        ("pixel_change", "1c: mean change of the pixels", "iteration"),
+    ]
+    drawing = new_figure(path.with_suffix(".png"), len(parts))
+    if drawing:
+        figure, panels, colours = drawing
+        lines = {}
+        for panel, (what, title, x) in zip(panels, parts):
+            for curve, colour in zip(curves, itertools.cycle(colours[::2])):
+                values = [math.nan if value is None else value for value in curve[what]]
+                at = range(x == "iteration", len(values) + (x == "iteration"))
+                (lines[curve["curve"]],) = panel.plot(at, values, color=colour)
+            panel.set(title=title, xlabel=x, yscale="log" if x == "epoch" else "linear")
+        write_figure(path.with_suffix(".png"), figure, lines)
+    print(f"{reading}wrote {path}, .jsonl" + (" and .png" if drawing else ""))
+
+
 def main(args):
+    if args.figure1:
+        return figure1(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     as_paper = args.paper and args.protocol == "linear" and (args.arch == "convnet" or args.norm == "batch")

@@ -6,13 +6,21 @@ Each student starts from its own random weights and minimises the MSE between it
 Reads:  OUT/targets.pt and the data set.
 Writes: OUT/experts/0000.pt ...   one file an expert,
             {trajectory (E + 1, P) float32: its weights at the start and after each epoch,
-             example_loss (N,) float32: each image's MSE after the first epoch}
+             example_loss (N,) float32: each image's loss after the first epoch}
 
     python train_experts.py                                          # K = 100, the paper's CIFAR-10 setting
     python train_experts.py --first_expert 50 --num_experts 50       # the second half, on another machine
 
 The paper trains for 20 epochs. Distillation reads the weights of epochs 0 to T+ - 1 + M only, and the lr is
 constant, so the default is to stop there, at 3 of 20: the same trajectories for a seventh of the work.
+
+What section 4.1 sets KD against: --objective supervised (MTT: cross-entropy to the labels), and barlow_twins
+or simclr (naive MTT-SSL: the loss of two random views, by Adam). They need no teacher, and a folder each:
+
+    python train_experts.py --objective simclr --same_init --num_experts 5 --out_dir runs/cifar10_simclr
+
+The log ends in the variance of the trajectories, which with --same_init comes from the order of the data (and
+the views) alone, and has the variance of the gradient at the start and at the end of expert 0.
 """
 
 import argparse
@@ -25,6 +33,14 @@ import torch.nn.functional as F
 
 import common
 from common import natural, number, positive
+
+RECIPES = {  # defaults that depend on the objective: of appendix A.1 for KD, of A.2 for the others
+    "kd": dict(batch_size=256, lr=0.1, momentum=0.9, weight_decay=1e-4),
+    "supervised": dict(batch_size=256, lr=0.01, momentum=0.0, weight_decay=0.0),
+    "barlow_twins": dict(batch_size=1024, lr=1e-3, weight_decay=1e-6, out_dim=1024),
+    "simclr": dict(batch_size=1024, lr=1e-3, weight_decay=1e-6, out_dim=128),
+}
+GRADIENTS = 32  # mini-batches that the variance of the gradient is taken over
 
 
 def parse_args(argv=None):
@@ -40,84 +56,159 @@ def parse_args(argv=None):
     net.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
     net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     kd = parser.add_argument_group("expert trajectories (eq. 7)")
+    objectives = (
+        "the students' loss: kd is the paper's method, the others are what section 4.1 sets it against"
+    )
+    kd.add_argument("--objective", choices=RECIPES, default="kd", help=objectives)
     kd.add_argument("--num_experts", type=positive, default=100, help="K")
     kd.add_argument("--first_expert", type=natural, default=0, help="the first's number (to split K up)")
+    kd.add_argument("--same_init", action="store_true", help="all start from the weights that expert 0 draws")
     kd.add_argument("--epochs", type=positive, default=3, help="E, at least T+ - 1 + M (paper: 20)")
-    kd.add_argument("--batch_size", type=positive, default=256, help="images a step")
-    kd.add_argument("--lr", type=number, default=0.1, help="of SGD, constant")
-    kd.add_argument("--momentum", type=number, default=0.9, help="of SGD")
-    kd.add_argument("--weight_decay", type=number, default=1e-4, help="of SGD")
+    kd.add_argument("--batch_size", type=positive, help="images a step (default: 256, SSL 1024)")
+    kd.add_argument("--lr", type=number, help="constant (default: SGD 0.1, supervised 0.01; SSL, Adam 1e-3)")
+    kd.add_argument("--momentum", type=number, help="of SGD (default: 0.9, supervised 0)")
+    kd.add_argument("--weight_decay", type=number, help="default: 1e-4, supervised 0, SSL 1e-6")
+    kd.add_argument("--out_dim", type=positive, help="SSL: outputs (default: Barlow Twins 1024, SimCLR 128)")
     parser.add_argument("--seed", type=natural, default=0, help="expert k is seeded by seed + k")
     parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
+    for name in ("momentum", "out_dim"):
+        if getattr(args, name) is not None and name not in RECIPES[args.objective]:
+            common.fail(f"--{name}: --objective {args.objective} has none; leave it out")
+    for name, value in RECIPES[args.objective].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
     return args
 
 
-def train_expert(net, images, targets, stats, args, seed):
-    """Train one student; returns its trajectory (E + 1, P) and example losses (N,), on the CPU.
+def train_expert(net, loss_fn, images, targets, stats, args, seed):
+    """Train one student; returns its trajectory (E + 1, P), example losses (N,) and last loss, on the CPU.
 
-    net is on the device, images (N, C, H, W) uint8 and targets (N, D) too; stats are the data set's mean and
-    std.
+    net is on the device, images (N, C, H, W) uint8 and targets (N, D) too; loss_fn is make_objective's, stats
+    are the data set's mean and std. SSL has no loss of a single example: 0.
     """
     order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(
-        net.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-    )
-    trajectory, example_loss = [common.flatten(net).cpu()], None
+    draws = torch.Generator(images.device).manual_seed(seed)
+    ssl = args.objective in common.SSL
+    if ssl:
+        optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    trajectory, example_loss = [common.flatten(net).cpu()], torch.zeros(len(images))
     for epoch in range(args.epochs):
         for batch in torch.randperm(len(images), generator=order).to(images.device).split(args.batch_size):
-            loss = F.mse_loss(net(common.normalise(images[batch], *stats)), targets[batch])
+            if ssl and len(batch) < args.batch_size:
+                continue  # SSL's loss depends on how many there are
+            loss = loss_fn(net, images[batch], targets[batch], draws)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         trajectory.append(common.flatten(net).cpu())
-        if epoch == 0:
+        if epoch == 0 and not ssl:
             outputs = common.encode(net, images, *stats)  # (N, D)
-            example_loss = (outputs - targets).square().mean(1).cpu()
+            if args.objective == "kd":
+                example_loss = (outputs - targets).square().mean(1).cpu()
+            else:
+                example_loss = F.cross_entropy(outputs, targets, reduction="none").cpu()
     return torch.stack(trajectory), example_loss, loss.item()
+
+
+def gradient_variance(net, loss_fn, images, targets, batch_size, seed, count=GRADIENTS):
+    """E||g_B - E g_B||^2 / ||E g_B||^2 at net's weights, g_B the gradient on a mini-batch B (section 4.1).
+
+    Both are unbiased estimates from `count` independent batches: the variance has the divisor count - 1, and
+    the squared norm of the mean gradient has variance / count taken off. None where nothing then remains, for
+    the gradient cannot be told from noise.
+    """
+    order = torch.Generator().manual_seed(seed)
+    draws = torch.Generator(images.device).manual_seed(seed)
+    total, squares = 0.0, 0.0
+    for _ in range(count):
+        batch = torch.randperm(len(images), generator=order)[:batch_size].to(images.device)
+        loss = loss_fn(net, images[batch], targets[batch], draws)
+        g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
+        total, squares = total + g, squares + g.square().sum().item()
+    of_mean = (total / count).square().sum().item()
+    variance = (squares - count * of_mean) / (count - 1)
+    signal = of_mean - variance / count
+    return variance / signal if signal > 0 else None
+
+
+def trajectory_variance(trajectories):
+    """How much K trajectories, each (E + 1, P), differ (section 4.1): (variance, relative), E + 1 numbers.
+
+    The variance E||theta - E theta||^2 over the experts at each epoch (divisor K - 1), and the same as a
+    share of the mean squared distance travelled, E||theta - theta_0||^2 (None at epoch 0).
+    """
+    variance, relative = [], []
+    for epoch in range(len(trajectories[0])):
+        origin = trajectories[0][epoch]  # (P,), near the mean: what all share is taken out before squaring
+        mean = sum(trajectory[epoch] - origin for trajectory in trajectories) / len(trajectories)
+        squares = [(trajectory[epoch] - origin - mean).square().sum().item() for trajectory in trajectories]
+        travelled = [(trajectory[epoch] - trajectory[0]).square().sum().item() for trajectory in trajectories]
+        variance.append(sum(squares) / (len(trajectories) - 1))
+        relative.append(variance[-1] * len(travelled) / sum(travelled) if sum(travelled) else None)
+    return variance, relative
 
 
 def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     train, targets, made = common.load_targets(
-        args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit
+        args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit, args.objective
     )
-    channels, size = train.images.shape[1:3]
+    n, channels, size = train.images.shape[:3]
+    if args.batch_size > n:
+        common.fail(f"--batch_size {args.batch_size}: there are {n} training images; choose {n} or less")
     args.depth = args.depth or common.default_depth(size)
     options = common.recipe(vars(args))
+    loss_fn = common.make_objective(args.objective, train)
     images, targets = train.images.to(args.device), targets.to(args.device)
     log = common.Log(args.out_dir, "train_experts", vars(args))
 
+    paths = []
     for i in range(args.num_experts):
         k = args.first_expert + i
-        path = args.out_dir / "experts" / f"{k:04d}.pt"
+        paths.append(args.out_dir / "experts" / f"{k:04d}.pt")
         keys = {"trajectory": 2, "example_loss": 1}
-        if common.is_done(path, "train_experts", options, keys, made["targets_id"]):
+        if common.is_done(paths[-1], "train_experts", options, keys, made["targets_id"]):
             continue
+        seed, found = args.seed + k, {}
+        torch.manual_seed(args.seed if args.same_init else seed)
+        out_dim = args.out_dim or targets.shape[1]
+        net = common.ConvNet(out_dim, size, channels, args.width, args.depth).to(args.device)
+        of_gradient = (net, loss_fn, images, targets, args.batch_size, seed)
+        if k == 0:
+            found["gradient_variance"] = [gradient_variance(*of_gradient)]  # at the start and at the end
         start = time.time()
-        torch.manual_seed(args.seed + k)
-        net = common.ConvNet(targets.shape[1], size, channels, args.width, args.depth).to(args.device)
         trajectory, example_loss, loss = train_expert(
-            net, images, targets, (train.mean, train.std), args, seed=args.seed + k
+            net, loss_fn, images, targets, (train.mean, train.std), args, seed
         )
+        speed = args.epochs * n / (time.time() - start)
         if not math.isfinite(loss) or not trajectory.isfinite().all():
             common.fail(f"the loss of expert {k} is {loss}: choose a smaller --lr than {args.lr}")
-        common.save(path, {
+        if k == 0:
+            found["gradient_variance"].append(gradient_variance(*of_gradient))
+        common.save(paths[-1], {
             "trajectory": trajectory,
             "example_loss": example_loss,
             **made,
             "options": {**made["options"], "train_experts": options},
         })  # fmt: skip
-        speed = args.epochs * len(images) / (time.time() - start)
-        log.write(expert=k, loss=loss, images_per_second=round(speed))
+        log.write(expert=k, loss=loss, images_per_second=round(speed), **found)
         log.say(f"expert {log.progress(i + 1, args.num_experts)}: loss {loss:.4f}, {speed:.0f} images/s")
     print(
         f"{args.out_dir / 'experts'}: experts {args.first_expert} to "
         f"{args.first_expert + args.num_experts - 1}, {args.epochs} epochs each"
     )
+    if args.num_experts > 1:
+        experts = [common.load(path, {"trajectory": 2}, "train_experts.py", mmap=True) for path in paths]
+        variance, relative = trajectory_variance([expert["trajectory"] for expert in experts])
+        log.write(trajectory_variance=variance, relative_variance=relative)
+        share = f", {relative[-1]:.3f} of their squared distance from the start" if relative[-1] else ""
+        print(f"variance of the trajectories after {args.epochs} epochs: {variance[-1]:.4g}{share}")
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ def problem(dtype=torch.float64, size=8, width=4, images=12):
     net = common.ConvNet(5, image_size=size, channels=2, width=width, depth=2).to(dtype)
     theta = common.flatten(net)
     x, z = torch.randn(images, 2, size, size, dtype=dtype), torch.randn(images, 5, dtype=dtype)
-    return lambda theta, x, z: nn.functional.mse_loss(common.forward_flat(net, theta, x), z), theta, x, z
+    return lambda theta, x, z, n: nn.functional.mse_loss(common.forward_flat(net, theta, x), z), theta, x, z
 
 
 def plain_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0):
     """The same loop for autograd to unroll, as in MTT: the graphs of all steps are kept."""
     velocity = torch.zeros_like(theta)
-    for batch in batches:
-        (g,) = torch.autograd.grad(loss_fn(theta, images[batch], targets[batch]), theta, create_graph=True)
+    for n, batch in enumerate(batches):
+        (g,) = torch.autograd.grad(loss_fn(theta, images[batch], targets[batch], n), theta, create_graph=True)
         velocity = momentum * velocity + g
         theta = theta - lr * velocity
     return theta
@@ -56,7 +56,7 @@ def test_student_steps_is_sgd():
     theta, images, targets = common.flatten(net), torch.randn(6, 1, 8, 8), torch.randn(6, 5)
     batches = [torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]), torch.tensor([1, 5])]
 
-    def loss_fn(theta, x, z):
+    def loss_fn(theta, x, z, n):
         return nn.functional.mse_loss(common.forward_flat(net, theta, x), z)
 
     end = distill.student_steps(loss_fn, theta, images, targets, 0.2, batches, momentum=0.9)
@@ -165,6 +165,39 @@ def test_sas_quotas():
         indices = distill.sas_indices(features, classes, size)
         assert len(indices) == len(set(indices.tolist())) == size
         assert [(classes[indices] == c).sum().item() for c in (7, 2, 5)] == expected
+
+
+# -- other objectives ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", common.OBJECTIVES)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_of_every_objective_are_exact(objective, momentum):
+    """With views that each step draws by its own seed: against plain autograd through the loop, float64."""
+    torch.manual_seed(0)
+    net = common.ConvNet(5, image_size=8, channels=3, width=4, depth=2).double()
+    stats = torch.full((3,), 0.5).double(), torch.full((3,), 0.25).double()
+    images = common.normalise(torch.rand(9, 3, 8, 8).double() * 0.8 + 0.1, *stats)
+    targets = torch.eye(5).double()[torch.arange(9) % 5]
+    objective_fn = common.make_objective(objective, common.ImageSet(None, None, *stats))
+
+    def loss_fn(theta, x, z, n):
+        draws = torch.Generator().manual_seed(n)
+        return objective_fn(lambda x: common.forward_flat(net, theta, x), x, z, draws)
+
+    theta, lr = common.flatten(net), torch.tensor(0.05, dtype=torch.float64)
+    goal = theta + 0.1 * torch.randn_like(theta)
+    batches = [torch.tensor(b) for b in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 0, 3], [2, 2, 5, 1])]
+    results = []
+    for steps in (plain_steps, distill.student_steps):
+        leaves = [t.clone().requires_grad_() for t in (theta, images, targets, lr)]
+        end = steps(loss_fn, *leaves, batches, momentum)
+        loss = distill.matching_loss(end, theta, goal)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        results.append([end.detach(), *grads])
+    for expected, ours in zip(*results):
+        assert expected.abs().max() > 0 or (objective in common.SSL and ours.shape == targets.shape)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10 * max(1, expected.abs().max().item()))
 
 
 # -- KRR-ST --------------------------------------------------------------------------------------------------

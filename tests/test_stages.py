@@ -915,10 +915,11 @@ def test_train_expert_returns_its_trajectory():
     args = train_experts.parse_args(
         ["--epochs", "1", "--batch_size", "8", "--momentum", "0", "--weight_decay", "0"]
     )
-    trajectory, _, _ = train_experts.train_expert(net, images, targets, stats, args, seed=3)
+    loss_fn = common.make_objective("kd", common.ImageSet(images, None, *stats))
+    trajectory, _, _ = train_experts.train_expert(net, loss_fn, images, targets, stats, args, seed=3)
     theta, order = common.flatten(twin), torch.randperm(20, generator=torch.Generator().manual_seed(3))
     end = distill.student_steps(
-        lambda theta, x, z: torch.nn.functional.mse_loss(common.forward_flat(twin, theta, x), z),
+        lambda theta, x, z, n: torch.nn.functional.mse_loss(common.forward_flat(twin, theta, x), z),
         theta, common.normalise(images, *stats), targets, torch.tensor(0.1), order.split(8),
     )  # fmt: skip
     torch.testing.assert_close(trajectory[1], end)
