@@ -115,7 +115,7 @@ figure1() {
   local epochs=20 iters=100 batch=() ssl_batch=1024 set_fraction=${FRACTION:-0.01} curve dir words steps runs=()
   case $preset in
     digits) batch=(--batch_size 32) ssl_batch=128 set_fraction=${FRACTION:-0.05} ;;
-    imagefolder) batch=(--batch_size 64) ssl_batch=256 ;;
+    imagefolder) batch=(--batch_size 64) ssl_batch=256 epochs=10 ;;
   esac
   [ -z "$rehearse" ] || epochs=4 iters=3 ssl_batch=100
   for curve in kd supervised "$ssl" "${ssl}_4x_batch"; do
@@ -162,7 +162,7 @@ pipeline() {
       dataset=imagefolder:$folder
       if [ "$table" = figure1 ]; then
         default_ssl=simclr student=(--limit 5000 --width 32) IMAGE_SIZE=${IMAGE_SIZE:-16}
-        teacher=(--limit 5000 --width 32 --epochs 8 --batch_size 128 --lr 0.003 --min_crop 0.2)
+        teacher=(--limit 5000 --width 16 --epochs 10 --batch_size 128 --lr 0.003 --min_crop 0.2)
       fi ;;
   esac
   local fraction=${FRACTION:-${size:+$large}} ssl=${SSL:-${ssl:-$default_ssl}}
