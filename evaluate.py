@@ -686,18 +686,21 @@ def read_figure(curves):
         lines.append(f"| {curve['curve']} | {curve['experts']} | {' | '.join(numbers)} |")
 
     def extremes(numbers):
-        """ "most for X, n times as much as for Y, where it is least"."""
+        """ "most for X, n times as much as for Y, the least"."""
         order = sorted((value or 0.0, curve["curve"]) for value, curve in zip(numbers, curves))
         (low, least), (high, most) = order[0], order[-1]
-        return f"most for {most}, {high / max(low, 1e-30):.3g} times as much as for {least}, the least"
+        factor = high / max(low, 1e-30)
+        times = f"{factor:,.0f}" if factor >= 100 else f"{factor:.2g}"
+        return f"most for {most}, {times} times as much as for {least}, the least"
 
     _, _, absolute, relative, first, last, moved = values.values()
-    fell = sorted((b - a, f"for {c['curve']} ({a:.3f} to {b:.3f})") for a, b, c in zip(first, last, curves))
+    ends = sorted((b, f"{c['curve']} from {a:.3f} to {b:.3f}") for a, b, c in zip(first, last, curves))
     reading = [
         f"1. At epoch {epoch} the trajectories vary {extremes(absolute)}; relative to the squared distance "
         f"travelled, {extremes(relative)}.",
-        f"2. Over the iterations (mean of the last ten) the matching loss fell most {fell[0][1]}, least "
-        f"{fell[-1][1]}.",
+        "2. The matching loss went, from the first iteration to the mean of the last ten, lowest end first: "
+        + "; ".join(text for _, text in ends)
+        + ".",
         f"3. The pixels moved {extremes(moved)}.",
     ]
     return "\n".join([*reading, "", *lines]) + "\n"
@@ -723,7 +726,7 @@ def figure1(args):
         lines = {}
         for panel, (what, title, x) in zip(panels, parts):
             for curve, colour in zip(curves, itertools.cycle(colours[::2])):
-                values = [math.nan if value is None else value for value in curve[what]]
+                values = [value or math.nan for value in curve[what]]  # no logarithm of 0, at epoch 0
                 at = range(x == "iteration", len(values) + (x == "iteration"))
                 (lines[curve["curve"]],) = panel.plot(at, values, color=colour)
             panel.set(title=title, xlabel=x, yscale="log" if x == "epoch" else "linear")

@@ -6,8 +6,8 @@
 #   bash run_all.sh imagefolder DIR       your images in DIR/{train,test}/CLASS/*
 #   bash run_all.sh table1                a table of the paper, table1 ... table7, or appendix_b, beside its figures
 #   bash run_all.sh table1 PRESET         the rows of that table on digits, or on imagefolder DIR
-#   bash run_all.sh figure1               the paper's figure 1, on cifar100; also: figure1 digits, figure1 imagefolder DIR
-#                                         (5,000 of the images at 16 px): ten minutes on two CPU cores
+#   bash run_all.sh figure1               the paper's figure 1, on cifar100; also on digits, or on imagefolder DIR
+#                                         (4,000 of its images at 16 px): ten minutes on two CPU cores
 #   ... rehearse                          at the end of any of them: shrunk to a minute or two (a table: on digits)
 #
 # Variables, with their defaults:
@@ -112,7 +112,8 @@ attempt() { # run, and go on if it fails, unless it was killed
 # Figure 1 (appendix A.2): experts with one start, and a set that matches the first of them, for each objective.
 # It goes on where pipeline has made the teacher, with its variables.
 figure1() {
-  local epochs=20 iters=100 batch=() ssl_batch=1024 set_fraction=${FRACTION:-0.01} curve dir words steps runs=()
+  local epochs=20 iters=100 batch=() ssl_batch=1024 set_fraction=${FRACTION:-0.01} runs=()
+  local curve dir words steps name
   case $preset in
     digits) batch=(--batch_size 32) ssl_batch=128 set_fraction=${FRACTION:-0.05} ;;
     imagefolder) batch=(--batch_size 64) ssl_batch=256 epochs=10 ;;
@@ -120,19 +121,19 @@ figure1() {
   [ -z "$rehearse" ] || epochs=4 iters=3 ssl_batch=100
   for curve in kd supervised "$ssl" "${ssl}_4x_batch"; do
     dir=$out/figure1/$curve
-    data=(--dataset "$dataset" --data_dir "${DATA_DIR:-data}" --out_dir "$dir" "${threads[@]}")
-    [ -z "$IMAGE_SIZE" ] || data+=(--image_size "$IMAGE_SIZE")
     words=(--objective "${curve%_4x_batch}" --same_init --num_experts 5 --epochs $epochs)
-    case $curve in # steps on the set and epochs of the expert, as in appendix A.2; KD's is ours
+    case $curve in # N and M as in appendix A.2, KD's are ours; alpha_syn starts where 100 iterations brought most
       kd)
-        words+=("${batch[@]}") steps=(--syn_steps 20 --expert_epochs 2)
-        [ "$DRY_RUN" ] || cmp -s "$out/targets.pt" "$dir/targets.pt" || { mkdir -p "$dir" && cp "$out/targets.pt" "$dir"; } ;;
+        words+=("${batch[@]}") steps=(--syn_steps 20 --expert_epochs 2 --lr_init 1)
+        [ "$DRY_RUN" ] || cmp -s "$out/targets.pt" "$dir/targets.pt" ||
+          { mkdir -p "$dir" && cp "$out/targets.pt" "$dir"; } ;;
       supervised) words+=("${batch[@]}") steps=(--syn_steps 20 --expert_epochs 4 --lr_init 0.01) ;;
       *_4x_batch) words+=(--batch_size $((4 * ssl_batch))) steps=(--syn_steps 10 --expert_epochs 2) ;;
       *) words+=(--batch_size $ssl_batch) steps=(--syn_steps 10 --expert_epochs 2) ;;
     esac
-    attempt train_experts.py "${data[@]}" "${student[@]}" "${words[@]}" $EXPERTS || continue
-    words=(--fraction "$set_fraction" --init random --max_experts 1 --max_start_epoch 1 --iters $iters --lr_img 1000)
+    attempt train_experts.py "${data[@]}" --out_dir "$dir" "${student[@]}" "${words[@]}" $EXPERTS || continue
+    words=(--out_dir "$dir" --fraction "$set_fraction" --init random --max_experts 1 --max_start_epoch 1)
+    words+=(--iters $iters --lr_img 1000)
     attempt distill.py "${data[@]}" "${student[@]}" "${words[@]}" "${steps[@]}" $DISTILL || continue
     runs+=("$dir")
   done
@@ -161,8 +162,8 @@ pipeline() {
     imagefolder)
       dataset=imagefolder:$folder
       if [ "$table" = figure1 ]; then
-        default_ssl=simclr student=(--limit 5000 --width 32) IMAGE_SIZE=${IMAGE_SIZE:-16}
-        teacher=(--limit 5000 --width 16 --epochs 10 --batch_size 128 --lr 0.003 --min_crop 0.2)
+        default_ssl=simclr student=(--limit 4000 --width 32) IMAGE_SIZE=${IMAGE_SIZE:-16}
+        teacher=(--limit 4000 --width 16 --epochs 10 --batch_size 128 --lr 0.003 --min_crop 0.2)
       fi ;;
   esac
   local fraction=${FRACTION:-${size:+$large}} ssl=${SSL:-${ssl:-$default_ssl}}

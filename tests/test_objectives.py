@@ -203,8 +203,8 @@ def test_figure_1_reads_the_numbers(curves, tmp_path, stage, capsys):
     assert text in capsys.readouterr().out
     assert "At epoch 1 " in lines[0]
     assert "vary most for MTT-SSL (SimCLR), batch 64, 4 times as much as for MTT-SL, batch 64" in lines[0]
-    assert "fell most for MTT-SL, batch 64 (1.000 to 0.200), least for MTT-SSL (SimCLR), batch 64" in lines[1]
-    assert "(1.000 to 0.700)" in lines[1]
+    matching = "MTT-SL, batch 64 from 1.000 to 0.200; MTT-SSL (SimCLR), batch 64 from 1.000 to 0.700."
+    assert lines[1].endswith(matching)
     assert "moved most for MTT-SSL (SimCLR), batch 64, 4 times" in lines[2] and lines[3] == ""
     assert "| MTT-SSL (SimCLR), batch 64 | 5 | 2 |  | 8 | 0.25 | 1 | 0.7 | 0.52 |" in lines
     numbers = log(out / "figure1.jsonl")
