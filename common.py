@@ -11,6 +11,7 @@ epochs, K experts.
 """
 
 import argparse
+import ctypes
 import hashlib
 import json
 import math
@@ -455,13 +456,16 @@ def flatten(net):
     )  # cat copies; a view would go on training
 
 
-def forward_flat(net, theta, x):
-    """net(x) with the parameters theta (P,) in place of net's own; differentiable in theta and x."""
+def forward_flat(net, theta, x, memory_format=torch.contiguous_format):
+    """net(x) with the parameters theta (P,) in place of net's own; differentiable in theta and x.
+
+    memory_format: of x and of the convolutions' weights.
+    """
     names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()))
-    parts = theta.split([shape.numel() for shape in shapes])
-    return torch.func.functional_call(
-        net, {n: part.view(s) for n, part, s in zip(names, parts, shapes)}, (x,)
-    )
+    parts = [part.view(s) for part, s in zip(theta.split([s.numel() for s in shapes]), shapes)]
+    parts = [p.contiguous(memory_format=memory_format) if p.ndim == 4 else p for p in parts]
+    x = x.contiguous(memory_format=memory_format)
+    return torch.func.functional_call(net, dict(zip(names, parts)), (x,))
 
 
 @torch.no_grad()
@@ -584,11 +588,19 @@ def random_view(
 # Objectives of students
 # ------------------------------------------------------------------------------------------------------------
 
+
+def mse_loss(outputs, targets, reduction="mean"):
+    """F.mse_loss, which torch.func cannot differentiate forwards in one of its arguments (--compile)."""
+    squares = (outputs - targets).square()
+    return squares.mean() if reduction == "mean" else squares
+
+
+LOSSES = {"kd": mse_loss, "supervised": F.cross_entropy}  # of the student's outputs and the targets
 SSL = {  # of the student's outputs for two views; weights as in train_teacher.py
     "barlow_twins": lambda z1, z2: barlow_twins_loss(z1, z2, off_diagonal=8 / 1024),
     "simclr": lambda z1, z2: simclr_loss(z1, z2, temperature=0.5),
 }
-OBJECTIVES = ("kd", "supervised", *SSL)
+OBJECTIVES = (*LOSSES, *SSL)
 
 
 def make_objective(name, data):
@@ -613,8 +625,7 @@ def make_objective(name, data):
             x = x if x.dtype == torch.uint8 else denormalise(x, *stats)
             views = [random_view(x, generator, flip=data.flip) for _ in range(2)]
             return SSL[name](*(f(normalise(view, *stats)) for view in views))
-        outputs = f(normalise(x, *stats) if x.dtype == torch.uint8 else x)
-        return F.mse_loss(outputs, z) if name == "kd" else F.cross_entropy(outputs, z)
+        return LOSSES[name](f(normalise(x, *stats) if x.dtype == torch.uint8 else x), z)
 
     return loss
 
@@ -740,10 +751,10 @@ def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None, object
 
     Returns (train ImageSet, targets (N, D) float32, made): made is what the next file carries of its origin,
     {options of the earlier stages, images_id, targets_id}. Exits if targets and images do not belong
-    together. A targets.pt written by a fork needs no more than {targets}. It is only read for the objective
-    "kd": the targets of "supervised" are the labels, one-hot, and SSL has none, (N, 0).
+    together. A targets.pt written by a fork needs no more than {targets}. It is not read for two kinds of
+    objectives: the targets of "supervised" are the labels, one-hot, and SSL has none, (N, 0).
     """
-    if objective != "kd":
+    if objective == "supervised" or objective in SSL:
         train = load_images(dataset, "train", data_dir, image_size, limit)
         num_classes = int(train.labels.max()) + 1
         if objective == "supervised" and num_classes < 2:
@@ -809,13 +820,42 @@ def recipe(options):
 
     Of "imagefolder:DIR" the folder is left out: images are known by their images_id, wherever they are.
     """
-    free = ("data_dir", "out_dir", "name", "device", "threads", "num_experts", "first_expert")
+    free = ("data_dir", "out_dir", "name", "device", "threads", "compile", "num_experts", "first_expert")
     made = {name: value for name, value in options.items() if name not in free}
     return {**made, "dataset": made["dataset"].partition(":")[0]}
 
 
+def keep_memory():
+    """Keep the memory of large tensors that are freed for the next ones, instead of handing it back.
+
+    glibc gives large blocks back to the system at once, and page by page they are asked for again: on the
+    CPU that can be more than half of a student's step (tests/benchmark.py). Elsewhere it does nothing.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap, too
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink it
+    except (OSError, TypeError, AttributeError):
+        pass  # another C library
+
+
+def compiled(function):
+    """torch.compile(function) for the few shapes that it sees; exits in its first call if that fails."""
+    fast = torch.compile(function, dynamic=False)
+
+    def call(*args):
+        try:
+            return fast(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            fail(f"--compile does not work here ({reason}); it needs a C++ compiler; give --no-compile")
+
+    return call
+
+
 def run(main, args):
     """main(args), for the command line: what the machine refuses ends in one line too."""
+    keep_memory()
     sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to stop
     try:
         main(args)

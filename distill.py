@@ -92,6 +92,8 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
     parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    fused = "fuse a student's step by torch.compile (not with SSL): faster, after a minute or two"
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=fused)
     args = parser.parse_args(argv)
     for option in ("name", "lr_from"):
         name = getattr(args, option)
@@ -116,21 +118,55 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def step_functions(loss_fn, compile=False):
+    """What a student's step is made of: (gradient, reverse), two functions of (theta, x, z, n).
+
+    gradient(theta, x, z, n) is g = dL/dtheta of loss_fn(theta, x, z, n); reverse(theta, x, z, n, r) is (s,
+    ds/dtheta, ds/dx, ds/dz) of s = <g, r>. compile: the same through torch.func and torch.compile, for a loss
+    that does not depend on n. Eagerly, s is differentiated backwards a second time. Compiled, the loss and
+    its gradients are differentiated forwards, along r, which gives the same, for second derivatives commute:
+    that needs no graph of g, nor g itself, and fuses better.
+    """
+
+    def gradient(theta, x, z, n):
+        with torch.enable_grad():
+            theta = theta.detach().requires_grad_()
+            return torch.autograd.grad(loss_fn(theta, x, z, n), theta)[0]
+
+    def reverse(theta, x, z, n, r):
+        with torch.enable_grad():
+            theta, x, z = (leaf.detach().requires_grad_() for leaf in (theta, x, z))
+            (g,) = torch.autograd.grad(loss_fn(theta, x, z, n), theta, create_graph=True)
+            s = torch.dot(g, r)
+            return s.detach(), *torch.autograd.grad(s, (theta, x, z), materialize_grads=True)
+
+    if not compile:
+        return gradient, reverse
+
+    def along(theta, x, z, r):
+        function = torch.func.grad_and_value(loss_fn, argnums=(0, 1, 2))
+        _, (derivatives, s) = torch.func.jvp(lambda theta: function(theta, x, z, 0), (theta,), (r,))
+        return s, *derivatives
+
+    fast_gradient = common.compiled(lambda theta, x, z: torch.func.grad(loss_fn)(theta, x, z, 0))
+    fast_along = common.compiled(along)
+    return lambda theta, x, z, n: fast_gradient(theta, x, z), lambda theta, x, z, n, r: fast_along(
+        theta, x, z, r
+    )
+
+
 class _StudentSteps(torch.autograd.Function):
     """N SGD steps forward; backward, the adjoint of one step after another, from its theta_n alone."""
 
     @staticmethod
-    def forward(ctx, theta, images, targets, lr, loss_fn, batches, momentum):
+    def forward(ctx, theta, images, targets, lr, gradient, reverse, batches, momentum):
         images, targets, thetas, velocity = images.detach(), targets.detach(), [], torch.zeros_like(theta)
         for n, batch in enumerate(batches):
             thetas.append(theta.detach())
-            with torch.enable_grad():
-                theta_n = theta.detach().requires_grad_()
-                (g,) = torch.autograd.grad(loss_fn(theta_n, images[batch], targets[batch], n), theta_n)
-            velocity = momentum * velocity + g
+            velocity = momentum * velocity + gradient(theta.detach(), images[batch], targets[batch], n)
             theta = theta - lr * velocity
         ctx.save_for_backward(images, targets, lr, *thetas)
-        ctx.loss_fn, ctx.batches, ctx.momentum = loss_fn, batches, momentum
+        ctx.reverse, ctx.batches, ctx.momentum = reverse, batches, momentum
         return theta if batches else theta.clone()  # autograd wants no input returned as it is
 
     @staticmethod
@@ -140,22 +176,17 @@ class _StudentSteps(torch.autograd.Function):
         d_images, d_targets, d_lr = torch.zeros_like(images), torch.zeros_like(targets), torch.zeros_like(lr)
         r = torch.zeros_like(lam)
         for n in reversed(range(len(thetas))):
-            theta_n, batch = thetas[n], ctx.batches[n]
+            batch = ctx.batches[n]
             r = lam + ctx.momentum * r  # dL/dg_n = - lr r: g_n goes into every later velocity
-            with torch.enable_grad():
-                theta_n = theta_n.detach().requires_grad_()
-                x, z = images[batch].detach().requires_grad_(), targets[batch].detach().requires_grad_()
-                (g,) = torch.autograd.grad(ctx.loss_fn(theta_n, x, z, n), theta_n, create_graph=True)
-                s = torch.dot(g, r)
-                ds_dtheta, ds_dx, ds_dz = torch.autograd.grad(s, (theta_n, x, z), materialize_grads=True)
+            s, ds_dtheta, ds_dx, ds_dz = ctx.reverse(thetas[n].detach(), images[batch], targets[batch], n, r)
             d_images.index_add_(0, batch, -lr * ds_dx)
             d_targets.index_add_(0, batch, -lr * ds_dz)
-            d_lr -= s.detach()
+            d_lr -= s
             lam = lam - lr * ds_dtheta
-        return lam, d_images, d_targets, d_lr, None, None, None
+        return lam, d_images, d_targets, d_lr, None, None, None, None
 
 
-def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0):
+def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0, functions=None):
     """Train a student on the synthetic set (eq. 8): theta_{n+1} = theta_n - lr v_{n+1}.
 
     v_{n+1} = momentum v_n + g_n with v_0 = 0, and g_n is the gradient in theta_n of
@@ -174,12 +205,14 @@ def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0):
             for it is called again on the way back: what is random in it must follow from the step's n.
         theta: (P,); images: (S, C, H, W); targets: (S, D); lr: a scalar.
         batches: N index tensors into images and targets.
+        functions: step_functions of the loss_fn, if they are compiled.
 
     Returns theta_N (P,).
     """
     lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device)
     batches = [batch.to(images.device) for batch in batches]
-    return _StudentSteps.apply(theta, images, targets, lr, loss_fn, batches, momentum)
+    gradient, reverse = functions or step_functions(loss_fn)
+    return _StudentSteps.apply(theta, images, targets, lr, gradient, reverse, batches, momentum)
 
 
 def matching_loss(theta, start, target):
@@ -206,7 +239,14 @@ def trajectory_losses(args, net, loss_fn, images, targets, lr, paths, trajectori
     (S, C, H, W), targets (S, D) and lr are the set as it is now; paths and trajectories are load_experts'.
     """
     draws = torch.Generator(args.device)
-    ssl = args.objective in common.SSL
+    ssl, functions = args.objective in common.SSL, None
+
+    if args.compile and not ssl:  # the views of SSL are new in every step
+
+        def fused_loss(theta, x, z, n):
+            return loss_fn(lambda x: common.forward_flat(net, theta, x, torch.channels_last), x, z)
+
+        functions = step_functions(fused_loss, compile=True)
 
     while True:
         k = torch.randint(len(trajectories), (), generator=generator).item()
@@ -223,7 +263,7 @@ def trajectory_losses(args, net, loss_fn, images, targets, lr, paths, trajectori
             draws.manual_seed(seed + n)  # on the way back, step n sees its views again
             return loss_fn(lambda x: common.forward_flat(net, theta, x), x, z, draws)
 
-        theta = student_steps(step_loss, start, images, targets, lr, batches, args.inner_momentum)
+        theta = student_steps(step_loss, start, images, targets, lr, batches, args.inner_momentum, functions)
         yield matching_loss(theta, start, goal), {"expert": k, "start_epoch": t}
 
 
@@ -387,9 +427,10 @@ def students_objective(args, folder):
         if objective not in common.OBJECTIVES:
             common.fail(f"{path}: has the objective {objective!r}; make it again with train_experts.py")
     inits = INITS
-    if objective != "kd":  # SAS wants a teacher's features, the high-loss subset a loss of single examples
-        supervised = objective == "supervised" and args.method == "mkdt"
-        inits = ["high_loss", "random"] if supervised else ["random"]
+    if objective in common.SSL or (objective == "supervised" and args.method == "krr_st"):
+        inits = ["random"]  # SSL has no loss of single examples, and KRR-ST wants a teacher's targets
+    elif objective == "supervised":
+        inits = ["high_loss", "random"]  # SAS wants a teacher's features
     if args.init not in inits:
         common.fail(
             f"--init {args.init}: the experts in {folder} are {objective}; choose {' or '.join(inits)}"

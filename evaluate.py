@@ -85,7 +85,7 @@ def parse_args(argv=None):
     data.add_argument("--data_dir", default="data", help="of downloads; DIR of a plain --dataset imagefolder")
     data.add_argument("--image_size", type=positive, help="pixels (default: the data set's, imagefolder 32)")
     data.add_argument("--limit", type=positive, help="use only so many images of each split, evenly spaced")
-    data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
+    data.add_argument("--out_dir", type=Path, help="of this run (default: runs/DATASET; figure1: beside RUN)")
     sets = "rows: NAME or NAME:OBJECTIVE, of OUT/sets, none, full (default: none, all, full)"
     data.add_argument("--sets", nargs="+", help=sets)
     data.add_argument("--name", help="of the table and the figure (default: results, or figure1)")
@@ -127,7 +127,8 @@ def parse_args(argv=None):
     parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(argv)
-    args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
+    beside = args.figure1[0].parent if args.figure1 else Path("runs") / common.run_name(args.dataset)
+    args.out_dir = args.out_dir or beside
     args.downstream = args.downstream or [args.dataset]
     args.fractions = args.fractions or ([0.01, 0.05] if args.protocol == "linear" else [1.0])
     for option in ("sets", "pretrain", "downstream", "fractions", "seeds"):  # each once
@@ -648,11 +649,18 @@ def read_curve(run):
             last = max(i for i, record in enumerate(records) if "options" in record)  # start of the stage
             matched = [record for record in records[last:] if "matching_loss" in record]
             if matched and steps:
-                common.fail(f"--figure1 {run}: has more than one log of a matching, {path.name} and another")
+                common.fail(
+                    f"--figure1 {run}: has more than one matching; move {path.name} or the other away"
+                )
             steps = steps or matched
         options = found["options"]
+        name = options["objective"]
+        if not options["same_init"]:
+            common.fail(
+                f"--figure1 {run}: its experts start apart; make them with train_experts.py --same_init"
+            )
         curve = {
-            "curve": f"{FIGURE1[options['objective']]}, batch {options['batch_size']}",
+            "curve": f"{FIGURE1.get(name, name)}, batch {options['batch_size']}",
             "experts": options["num_experts"],
             "gradient_variance": found.get("gradient_variance", [None, None]),
             **{key: found[key] for key in ("trajectory_variance", "relative_variance")},

@@ -29,7 +29,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import common
 from common import natural, number, positive
@@ -72,6 +71,8 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=natural, default=0, help="expert k is seeded by seed + k")
     parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    fused = "fuse the student's operations by torch.compile: faster, after a minute"
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=fused)
     args = parser.parse_args(argv)
     for name in ("momentum", "out_dim"):
         if getattr(args, name) is not None and name not in RECIPES[args.objective]:
@@ -83,12 +84,13 @@ def parse_args(argv=None):
     return args
 
 
-def train_expert(net, loss_fn, images, targets, stats, args, seed):
+def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None):
     """Train one student; returns its trajectory (E + 1, P), example losses (N,) and last loss, on the CPU.
 
     net is on the device, images (N, C, H, W) uint8 and targets (N, D) too; loss_fn is make_objective's, stats
-    are the data set's mean and std. SSL has no loss of a single example: 0.
+    are the data set's mean and std; forward: net, compiled. SSL has no loss of a single example: 0.
     """
+    forward = forward or net
     order = torch.Generator().manual_seed(seed)
     draws = torch.Generator(images.device).manual_seed(seed)
     ssl = args.objective in common.SSL
@@ -101,17 +103,15 @@ def train_expert(net, loss_fn, images, targets, stats, args, seed):
         for batch in torch.randperm(len(images), generator=order).to(images.device).split(args.batch_size):
             if ssl and len(batch) < args.batch_size:
                 continue  # SSL's loss depends on how many there are
-            loss = loss_fn(net, images[batch], targets[batch], draws)
+            loss = loss_fn(forward, images[batch], targets[batch], draws)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         trajectory.append(common.flatten(net).cpu())
         if epoch == 0 and not ssl:
             outputs = common.encode(net, images, *stats)  # (N, D)
-            if args.objective == "kd":
-                example_loss = (outputs - targets).square().mean(1).cpu()
-            else:
-                example_loss = F.cross_entropy(outputs, targets, reduction="none").cpu()
+            losses = common.LOSSES[args.objective](outputs, targets, reduction="none")
+            example_loss = losses.view(len(images), -1).mean(1).cpu()
     return torch.stack(trajectory), example_loss, loss.item()
 
 
@@ -168,6 +168,15 @@ def main(args):
     images, targets = train.images.to(args.device), targets.to(args.device)
     log = common.Log(args.out_dir, "train_experts", vars(args))
 
+    def make_net():
+        out_dim = args.out_dim or targets.shape[1]
+        return common.ConvNet(out_dim, size, channels, args.width, args.depth).to(args.device)
+
+    net = make_net()
+    forward = net
+    if args.compile:  # once, for all experts
+        net, cl = net.to(memory_format=torch.channels_last), torch.channels_last
+        forward = common.compiled(lambda x: net(x.contiguous(memory_format=cl)))
     paths = []
     for i in range(args.num_experts):
         k = args.first_expert + i
@@ -177,14 +186,13 @@ def main(args):
             continue
         seed, found = args.seed + k, {}
         torch.manual_seed(args.seed if args.same_init else seed)
-        out_dim = args.out_dim or targets.shape[1]
-        net = common.ConvNet(out_dim, size, channels, args.width, args.depth).to(args.device)
+        net.load_state_dict(make_net().state_dict())
         of_gradient = (net, loss_fn, images, targets, args.batch_size, seed)
         if k == 0:
             found["gradient_variance"] = [gradient_variance(*of_gradient)]  # at the start and at the end
         start = time.time()
         trajectory, example_loss, loss = train_expert(
-            net, loss_fn, images, targets, (train.mean, train.std), args, seed
+            net, loss_fn, images, targets, (train.mean, train.std), args, seed, forward
         )
         speed = args.epochs * n / (time.time() - start)
         if not math.isfinite(loss) or not trajectory.isfinite().all():

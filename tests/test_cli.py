@@ -17,8 +17,9 @@ README = (ROOT / "README.md").read_text()
 def parse(command):
     """The options of a line like "python distill.py --init random", or SystemExit."""
     words = shlex.split(command, comments=True)
-    assert words[0] == "python" and words[1].removesuffix(".py") in STAGES, command
-    return __import__(words[1].removesuffix(".py")).parse_args(words[2:])
+    name = words[1].removesuffix(".py").removeprefix("tests/")
+    assert words[0] == "python" and name in [*STAGES, "benchmark"], command
+    return __import__(name).parse_args(words[2:])
 
 
 def run_all(*words, **variables):

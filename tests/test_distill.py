@@ -1,5 +1,7 @@
 """student_steps against plain autograd through the loop, its memory, the matching loss, a set's start."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ def problem(dtype=torch.float64, size=8, width=4, images=12):
     net = common.ConvNet(5, image_size=size, channels=2, width=width, depth=2).to(dtype)
     theta = common.flatten(net)
     x, z = torch.randn(images, 2, size, size, dtype=dtype), torch.randn(images, 5, dtype=dtype)
-    return lambda theta, x, z, n: nn.functional.mse_loss(common.forward_flat(net, theta, x), z), theta, x, z
+    return lambda theta, x, z, n: common.mse_loss(common.forward_flat(net, theta, x), z), theta, x, z
 
 
 def plain_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0):
@@ -46,6 +48,20 @@ def test_student_steps_is_exact(momentum):
         results.append([end.detach(), *torch.autograd.grad(loss, leaves)])
     for expected, ours in zip(*results):
         assert expected.abs().max() > 0
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10 * max(1, expected.abs().max().item()))
+
+
+def test_compiled_steps_are_exact(monkeypatch):
+    """--compile: forward over reverse gives the same gradient; fused, benchmark.py compares it."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    loss_fn, theta, images, targets = problem()
+    lr, batches = torch.tensor(0.3, dtype=torch.float64), [torch.arange(4), torch.arange(8, 12)]
+    results = []
+    for functions in (None, distill.step_functions(loss_fn, compile=True)):
+        leaves = [t.clone().requires_grad_() for t in (theta, images, targets, lr)]
+        end = distill.student_steps(loss_fn, *leaves, batches, 0.9, functions)
+        results.append([end.detach(), *torch.autograd.grad(end.square().sum(), leaves)])
+    for expected, ours in zip(*results):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10 * max(1, expected.abs().max().item()))
 
 

@@ -84,6 +84,30 @@ def test_supervised_example_loss(runs):
     torch.testing.assert_close(expert["example_loss"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_objective_of_ones_own(run_dir, tmp_path, stage, monkeypatch):
+    """A line in LOSSES and one in RECIPES: experts and sets of it, on the teacher's targets."""
+
+    def cosine(outputs, targets, reduction="mean"):
+        losses = 1 - nn.functional.cosine_similarity(outputs, targets)
+        return losses if reduction == "none" else losses.mean()
+
+    monkeypatch.setitem(common.LOSSES, "cosine", cosine)
+    monkeypatch.setattr(common, "OBJECTIVES", (*common.LOSSES, *common.SSL))
+    monkeypatch.setitem(train_experts.RECIPES, "cosine", train_experts.RECIPES["kd"])
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(run_dir / "targets.pt", run)
+    stage("train_experts", [*EXPERTS, "--out_dir", run, "--objective", "cosine"])
+    expert = read(run / "experts/0000.pt")
+    assert not torch.equal(expert["trajectory"][0], expert["trajectory"][1])
+    assert 0 < expert["example_loss"].min() and expert["example_loss"].max() <= 2
+    stage("distill", [*DISTILL, "--out_dir", run, "--init", "high_loss"])
+    contents = read(run / "sets/mkdt_high_loss.pt")
+    assert torch.equal(contents["targets"], read(run / "targets.pt")["targets"][contents["indices"]])
+    stage("evaluate", ["--figure1", run])
+    assert json.loads((tmp_path / "figure1.jsonl").read_text())["curve"] == "cosine, batch 50"
+
+
 def test_without_same_init_every_expert_has_its_start(tmp_path, stage):
     words = [word for word in EXPERTS if word != "--same_init"]
     stage("train_experts", [*words, "--out_dir", tmp_path, "--objective", "supervised"])
@@ -174,7 +198,7 @@ def curves(tmp_path):
     for name, scale, last in [("supervised", 1, 0.2), ("simclr", 4, 0.7)]:
         folders[name] = tmp_path / name
         folders[name].mkdir()
-        options = {"objective": name, "batch_size": 64, "num_experts": 5}
+        options = {"objective": name, "batch_size": 64, "num_experts": 5, "same_init": True}
         experts = [
             {"options": {**options, "num_experts": 2}},  # an earlier start
             {"expert": 0, "gradient_variance": [0.5 * scale, None]},
@@ -250,6 +274,8 @@ def test_figure_1_of_logs_that_do_not_fit(curves, tmp_path, stage, capsys):
     fails("simclr")
     (run / "distill_any.jsonl").write_text(log_of_another)
     experts = (run / "train_experts.jsonl").read_text().splitlines()
+    (run / "train_experts.jsonl").write_text("\n".join(experts).replace("true", "false"))
+    fails("simclr", "--same_init")
     (run / "train_experts.jsonl").write_text("\n".join(experts[:3]))
     fails("simclr", "trajectory_variance")
     (run / "train_experts.jsonl").unlink()

@@ -1,5 +1,6 @@
 """Each stage, tiny: what it writes, the same seed the same file, what it says of files that do not fit."""
 
+import functools
 import json
 import shutil
 import sys
@@ -687,6 +688,30 @@ def test_own_teacher(run_dir, tmp_path, stage, capsys):
     run = [*TEACHER, "--epochs", "0", "--init_from", tmp_path / "own.pt", "--out_dir", tmp_path / "2"]
     refuses(capsys, lambda: stage("train_teacher", run), "finite")
     assert not (tmp_path / "2/teacher.pt").exists()
+
+
+def test_compile(copy, stage, monkeypatch, capsys):
+    """--compile makes the same experts and set, up to rounding; a finished run does not mind it."""
+    before = read(copy / "experts/0001.pt")["trajectory"], read(copy / "sets/mkdt_random.pt")["images"]
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(compile, backend="aot_eager"))
+    stage("train_experts", [*EXPERTS, "--out_dir", copy, "--compile"])  # nothing to do
+    set_run = [*DISTILL, "--out_dir", copy, "--init", "random", "--iters", "1", "--compile"]
+    stage("distill", set_run)
+    assert torch.equal(before[0], read(copy / "experts/0001.pt")["trajectory"])
+    (copy / "experts/0001.pt").unlink()
+    (copy / "sets/mkdt_random.pt").unlink()
+    stage("train_experts", [*EXPERTS, "--out_dir", copy, "--compile"])
+    stage("distill", set_run)
+    torch.testing.assert_close(read(copy / "experts/0001.pt")["trajectory"], before[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(read(copy / "sets/mkdt_random.pt")["images"], before[1], rtol=1e-3, atol=1e-4)
+
+    def no_compiler(graph, inputs):
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(compile, backend=no_compiler))
+    (copy / "sets/mkdt_random.pt").unlink()
+    refuses(capsys, lambda: stage("distill", set_run), "--compile", "C++ compiler", "--no-compile")
 
 
 # -- files that do not belong together, and options that cannot be -------------------------------------------
