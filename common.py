@@ -761,8 +761,9 @@ def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None, object
             fail(f"--objective supervised: {dataset} has one class, so no labels to learn; choose another")
         one_hot = F.one_hot(train.labels, num_classes).float()
         targets = one_hot if objective == "supervised" else one_hot[:, :0]
-        made = {"options": {}, "images_id": images_id(train.images), "targets_id": fingerprint(targets)}
-        return train, targets, made
+        here = images_id(train.images)
+        targets_id = fingerprint(targets, *here.encode())
+        return train, targets, {"options": {}, "images_id": here, "targets_id": targets_id}
     path = Path(out_dir) / "targets.pt"
     contents = load(path, {"targets": 2}, f"train_teacher.py --dataset {dataset} --out_dir {out_dir}")
     targets = contents["targets"]

@@ -426,6 +426,8 @@ def students_objective(args, folder):
         objective, out_dim = made.get("objective", "kd"), made.get("out_dim")
         if objective not in common.OBJECTIVES:
             common.fail(f"{path}: has the objective {objective!r}; make it again with train_experts.py")
+        if out_dim is not None and (type(out_dim) is not int or not 0 < out_dim < 2**20):
+            common.fail(f"{path}: has the out_dim {out_dim!r}; make it again with train_experts.py")
     inits = INITS
     if objective in common.SSL or (objective == "supervised" and args.method == "krr_st"):
         inits = ["random"]  # SSL has no loss of single examples, and KRR-ST wants a teacher's targets

@@ -145,6 +145,8 @@ def parse_args(argv=None):
     args.name = args.name or ("figure1" if args.figure1 else "results")
     if not re.fullmatch(r"\w[\w.+-]*", args.name):
         common.fail(f"--name {args.name!r}: choose letters, digits, and . + - _ within")
+    if args.figure1 and re.match(r"(results|evaluate|train_\w+)$|distill_", args.name):
+        common.fail(f"--name {args.name}: OUT/{args.name}.jsonl is a log; choose another for the figure")
     args.width = args.width or (128 if args.arch == "convnet" else 64)
     return args
 
@@ -639,36 +641,63 @@ def read_curve(run):
     {curve: its title; experts: K; gradient_variance: [start, end]; trajectory_variance, relative_variance:
     an entry an epoch; matching_loss, pixel_change: an entry an iteration}.
     """
+
+    def read(path):
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not records or not all(isinstance(record, dict) for record in records):
+            raise ValueError(f"{path.name} is no log")
+        return records
+
+    def numbers(values, none=False):
+        for value in values if isinstance(values, list) and values else [math.nan]:
+            if not (none and value is None) and not (type(value) in (int, float) and 0 <= value < 1e300):
+                raise ValueError(f"{value!r:.40} where a number should be")
+        return values
+
     try:
-        found = {}  # by key, the last record's
-        for line in (run / "train_experts.jsonl").read_text(encoding="utf-8").splitlines():
-            found |= json.loads(line)
+        found, recipe = {}, {}  # of the last start of train_experts.py, and of earlier ones with its options
+        for record in read(run / "train_experts.jsonl"):
+            if "options" in record:
+                found = {**found} if common.recipe(record["options"]) == recipe else {}
+                recipe = common.recipe(record["options"])
+                found.pop("trajectory_variance", None)
+            found |= record
+        options = found["options"]
+        name, batch_size, experts = (options[key] for key in ("objective", "batch_size", "num_experts"))
+        if not str(name).isidentifier() or type(batch_size) is not int or type(experts) is not int:
+            raise ValueError("options of another kind")
+        if options["same_init"] is not True:
+            common.fail(
+                f"--figure1 {run}: its experts start apart; make them with train_experts.py --same_init"
+            )
         steps = []  # of the only set that was matched
         for path in run.glob("distill_*.jsonl"):
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            records = read(path)
             last = max(i for i, record in enumerate(records) if "options" in record)  # start of the stage
             matched = [record for record in records[last:] if "matching_loss" in record]
             if matched and steps:
                 common.fail(
                     f"--figure1 {run}: has more than one matching; move {path.name} or the other away"
                 )
+            if matched and records[last]["options"].get("objective", name) != name:
+                common.fail(
+                    f"--figure1 {run}: {path.name} is of other experts than {name}; make the set again"
+                )
             steps = steps or matched
-        options = found["options"]
-        name = options["objective"]
-        if not options["same_init"]:
-            common.fail(
-                f"--figure1 {run}: its experts start apart; make them with train_experts.py --same_init"
-            )
-        curve = {
-            "curve": f"{FIGURE1.get(name, name)}, batch {options['batch_size']}",
-            "experts": options["num_experts"],
-            "gradient_variance": found.get("gradient_variance", [None, None]),
-            **{key: found[key] for key in ("trajectory_variance", "relative_variance")},
-            **{key: [step[key] for step in steps] for key in ("matching_loss", "pixel_change")},
-        }
         if not steps:
             raise KeyError("matching_loss")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        curve = {
+            "curve": f"{FIGURE1.get(name, name)}, batch {batch_size}",
+            "experts": experts,
+            "gradient_variance": numbers(found.get("gradient_variance", [None, None]), none=True),
+            "trajectory_variance": numbers(found["trajectory_variance"]),
+            "relative_variance": numbers(found["relative_variance"], none=True),
+            **{key: numbers([step[key] for step in steps]) for key in ("matching_loss", "pixel_change")},
+        }
+        epochs = {len(curve[key]) for key in ("trajectory_variance", "relative_variance")}
+        if len(curve["gradient_variance"]) != 2 or len(epochs) != 1:
+            raise ValueError("lists of other lengths")
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         common.fail(
             f"--figure1 {run}: its logs do not have what is shown ({error!r}); make two experts or more with "
             "train_experts.py there, and a set with distill.py"

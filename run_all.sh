@@ -60,6 +60,7 @@ for name in $DOWNSTREAM; do
   [[ $name =~ ^(digits|cifar10|cifar100|tinyimagenet|aircraft|cub2011|dogs|flowers|imagefolder(:.+)?)$ ]] ||
     usage "DOWNSTREAM: '$name' is unknown: choose the data sets that python evaluate.py --help names"
 done
+[[ $SSL =~ ^(barlow_twins|simclr)?$ ]] || usage "SSL=$SSL is not understood: choose barlow_twins or simclr"
 if [ "$FRACTION" ]; then
   number=$(awk -v x="$FRACTION" 'BEGIN { if (x ~ /^[0-9]*[.]?[0-9]+$/ && x > 0 && x <= 1) printf "%g", x }')
   FRACTION=${number:-$(usage "FRACTION=$FRACTION is not understood: give a number above 0, at most 1")}
@@ -113,7 +114,8 @@ attempt() { # run, and go on if it fails, unless it was killed
 # It goes on where pipeline has made the teacher, with its variables.
 figure1() {
   local epochs=20 iters=100 batch=() ssl_batch=1024 set_fraction=${FRACTION:-0.01} runs=()
-  local curve dir words steps name
+  local curve dir words steps name alpha=()
+  [ "$ssl" = simclr ] || alpha=(--lr_init 1e-4 --lr_lr 0) # Barlow Twins' loss is so large that alpha_syn runs away
   case $preset in
     digits) batch=(--batch_size 32) ssl_batch=128 set_fraction=${FRACTION:-0.05} ;;
     imagefolder) batch=(--batch_size 64) ssl_batch=256 epochs=10 ;;
@@ -128,8 +130,8 @@ figure1() {
         [ "$DRY_RUN" ] || cmp -s "$out/targets.pt" "$dir/targets.pt" ||
           { mkdir -p "$dir" && cp "$out/targets.pt" "$dir"; } ;;
       supervised) words+=("${batch[@]}") steps=(--syn_steps 20 --expert_epochs 4 --lr_init 0.01) ;;
-      *_4x_batch) words+=(--batch_size $((4 * ssl_batch))) steps=(--syn_steps 10 --expert_epochs 2) ;;
-      *) words+=(--batch_size $ssl_batch) steps=(--syn_steps 10 --expert_epochs 2) ;;
+      *_4x_batch) words+=(--batch_size $((4 * ssl_batch))) steps=(--syn_steps 10 --expert_epochs 2 "${alpha[@]}") ;;
+      *) words+=(--batch_size $ssl_batch) steps=(--syn_steps 10 --expert_epochs 2 "${alpha[@]}") ;;
     esac
     attempt train_experts.py "${data[@]}" --out_dir "$dir" "${student[@]}" "${words[@]}" $EXPERTS || continue
     words=(--out_dir "$dir" --fraction "$set_fraction" --init random --max_experts 1 --max_start_epoch 1)
@@ -137,7 +139,7 @@ figure1() {
     attempt distill.py "${data[@]}" "${student[@]}" "${words[@]}" "${steps[@]}" $DISTILL || continue
     runs+=("$dir")
   done
-  name=figure1${preset_given:+_$(basename "${folder:-$preset}")}${rehearse:+_rehearsal}
+  name=figure1${preset_given:+_$(basename "${folder:-$preset}" | tr -c 'A-Za-z0-9_.+\n-' _)}${rehearse:+_rehearsal}
   [ ${#runs[@]} -eq 0 ] || attempt evaluate.py --out_dir "${OUT:-runs}" --name "$name" --figure1 "${runs[@]}"
 }
 

@@ -162,6 +162,8 @@ def main(args):
     n, channels, size = train.images.shape[:3]
     if args.batch_size > n:
         common.fail(f"--batch_size {args.batch_size}: there are {n} training images; choose {n} or less")
+    if args.objective in common.SSL and args.batch_size < 2:
+        common.fail(f"--batch_size {args.batch_size}: {args.objective} contrasts images; choose 2 or more")
     args.depth = args.depth or common.default_depth(size)
     options = common.recipe(vars(args))
     loss_fn = common.make_objective(args.objective, train)
@@ -213,7 +215,14 @@ def main(args):
     )
     if args.num_experts > 1:
         experts = [common.load(path, {"trajectory": 2}, "train_experts.py", mmap=True) for path in paths]
-        variance, relative = trajectory_variance([expert["trajectory"] for expert in experts])
+        trajectories = [expert["trajectory"] for expert in experts]
+        for path, trajectory in zip(paths, trajectories):
+            if (
+                trajectory.shape != (args.epochs + 1, common.flatten(net).numel())
+                or not trajectory.isfinite().all()
+            ):
+                common.fail(f"{path}: is not a finite trajectory of this student; move it away and run again")
+        variance, relative = trajectory_variance(trajectories)
         log.write(trajectory_variance=variance, relative_variance=relative)
         share = f", {relative[-1]:.3f} of their squared distance from the start" if relative[-1] else ""
         print(f"variance of the trajectories after {args.epochs} epochs: {variance[-1]:.4g}{share}")

@@ -207,7 +207,7 @@ def test_run_all_refuses():
     calls += [([], {"FRACTION": f}) for f in ("abc", "5%", "0,05", "1/20", "-1")]
     calls += [([], {"SEEDS": "0,1"}), ([], {"DISTILL_SEEDS": "a"}), ([], {"SEEDS": "99999999999"})]
     calls += [([], {"DOWNSTREAM": "digits mnist"}), ([], {"FRACTION": "0.0"})]
-    calls += [([], {"OUT": __file__}), ([], {"PYTHON": "/no/python"})]
+    calls += [([], {"OUT": __file__}), ([], {"PYTHON": "/no/python"}), ([], {"SSL": "byol"})]
     calls += [([], {"SETS": s}) for s in ("mkdt", "gan_random", "mkdt_random:gan", "none:kd", "subset_easy")]
     for words, variables in calls:
         done = run_all(*words, **variables)

@@ -1,6 +1,7 @@
 """Experts of other objectives than KD, the variance of gradients and of trajectories, figure 1."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -198,9 +199,17 @@ def curves(tmp_path):
     for name, scale, last in [("supervised", 1, 0.2), ("simclr", 4, 0.7)]:
         folders[name] = tmp_path / name
         folders[name].mkdir()
-        options = {"objective": name, "batch_size": 64, "num_experts": 5, "same_init": True}
+        options = {
+            "objective": name,
+            "dataset": "digits",
+            "batch_size": 64,
+            "num_experts": 5,
+            "same_init": True,
+        }
         experts = [
-            {"options": {**options, "num_experts": 2}},  # an earlier start
+            {"options": {**options, "batch_size": 9}},  # an earlier start with other options
+            {"expert": 0, "gradient_variance": [9.0, 9.0]},
+            {"options": {**options, "num_experts": 2}},  # one with the same
             {"expert": 0, "gradient_variance": [0.5 * scale, None]},
             {"options": options},
             {"trajectory_variance": [0.0, 2.0 * scale], "relative_variance": [None, 0.25]},
@@ -268,6 +277,13 @@ def test_figure_1_of_logs_that_do_not_fit(curves, tmp_path, stage, capsys):
     (run / "distill_other.jsonl").write_text(log_of_another)
     fails("simclr", "more than one")
     (run / "distill_other.jsonl").unlink()
+    (run / "distill_any.jsonl").write_text(
+        '{"options": {"objective": "kd"}}\n' + log_of_another.splitlines()[-1]
+    )
+    fails("simclr", "other experts")
+    for wrong in ('"x"', "NaN", "-1", "null", "[]", "1e999"):
+        (run / "distill_any.jsonl").write_text(log_of_another.replace("0.7,", f"{wrong},"))
+        fails("simclr", "distill.py")
     (run / "distill_any.jsonl").write_text(log_of_another.splitlines()[0] + "\n")
     fails("simclr", "matching_loss", "distill.py")
     (run / "distill_any.jsonl").write_text(log_of_another + '{"iter')
@@ -278,8 +294,14 @@ def test_figure_1_of_logs_that_do_not_fit(curves, tmp_path, stage, capsys):
     fails("simclr", "--same_init")
     (run / "train_experts.jsonl").write_text("\n".join(experts[:3]))
     fails("simclr", "trajectory_variance")
+    for wrong in ("[0.0]", "[]", "5", '["a", 1]', "[[1], 2]", "{}", "null"):
+        (run / "train_experts.jsonl").write_text("\n".join(experts).replace("[0.0, 8.0]", wrong))
+        fails("simclr", "train_experts.py")
     (run / "train_experts.jsonl").unlink()
     fails("simclr", "train_experts")
+    for name in ("results", "train_experts", "distill_any", "evaluate"):
+        run = ["--name", name, "--figure1", curves["supervised"]]
+        refuses(capsys, lambda run=run: stage("evaluate", run), f"--name {name}")
 
 
 def test_figure_1_is_the_papers():
@@ -337,6 +359,10 @@ def test_experts_of_another_objective(copy, stage, capsys):
     words = [*DISTILL, "--out_dir", run, "--name", "x"]
     refuses(capsys, lambda: stage("distill", words), "0001.pt")
     expert = read(run / "experts/0000.pt")
+    for out_dim in (-1, "16", 1.5, True, 10**30):
+        expert["options"]["train_experts"]["out_dim"] = out_dim
+        torch.save(expert, run / "experts/0000.pt")
+        refuses(capsys, lambda: stage("distill", words), "0000.pt", "out_dim")
     expert["options"]["train_experts"]["objective"] = "gan"
     torch.save(expert, run / "experts/0000.pt")
     refuses(capsys, lambda: stage("distill", words), "0000.pt", "gan")
@@ -364,6 +390,8 @@ def test_options_that_do_not_go_with_an_objective(copy, stage, capsys, tmp_path)
     ):
         words = [*EXPERTS, *out, "--objective", *options]
         refuses(capsys, lambda w=words: stage("train_experts", w), options[1], options[0])
+    words = [*EXPERTS, *out, "--objective", "simclr", "--batch_size", "1"]
+    refuses(capsys, lambda: stage("train_experts", words), "--batch_size 1", "simclr")
     for objective in ("simclr", "supervised"):
         words = [*EXPERTS, *out, "--objective", objective, "--batch_size", "151"]
         refuses(capsys, lambda w=words: stage("train_experts", w), "--batch_size 151", "150")
@@ -393,6 +421,24 @@ def test_a_folder_without_labels(tmp_path, stage, capsys):
     run = [*words, "--objective", "supervised", "--device", "cpu"]
     refuses(capsys, lambda: stage("train_experts", run), "--objective supervised", "one class")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "trajectory", [torch.full((3, 1786), math.nan), torch.zeros(2, 5), torch.zeros(0, 5)]
+)
+def test_variance_of_broken_trajectories(copy, stage, capsys, trajectory):
+    run = copy("supervised")
+    expert = read(run / "experts/0001.pt")
+    torch.save({**expert, "trajectory": trajectory}, run / "experts/0001.pt")
+    words = [*EXPERTS, "--out_dir", run, "--objective", "supervised"]
+    refuses(capsys, lambda: stage("train_experts", words), "0001.pt", "trajectory")
+
+
+def test_other_images_with_the_same_labels(copy, stage, capsys, monkeypatch):
+    run, load = copy("simclr"), common.load_images
+    inverted = lambda *words: (data := load(*words))._replace(images=255 - data.images)  # noqa: E731
+    monkeypatch.setattr(common, "load_images", inverted)
+    refuses(capsys, lambda: stage("distill", [*DISTILL, "--out_dir", run, "--name", "x"]), "0000.pt", "other")
 
 
 def test_last_batch_of_one_image(copy, stage):
