@@ -607,8 +607,7 @@ def make_objective(name, data):
     """The loss of a student on a batch: a function (f, x, z, generator) -> scalar.
 
     "kd" is the MSE of f(x) to the targets z (eq. 5), "supervised" the cross-entropy to one-hot labels z, both
-    without augmentation. SSL compares f of two random views of x, and z is not looked at. What the paper's
-    section 4.1 says of the last two is what train_experts.py and distill.py can show.
+    without augmentation. SSL compares f of two random views of x, and z is not looked at.
 
     Args:
         name: one of OBJECTIVES.
@@ -617,7 +616,6 @@ def make_objective(name, data):
     Args of the function: f, images (B, C, H, W) -> (B, D); x, (B, C, H, W) uint8, or float and normalised;
     z, (B, D); generator, a torch.Generator for the views, on the images' device.
     """
-
     stats = (data.mean, data.std)
 
     def loss(f, x, z, generator=None):

@@ -150,9 +150,8 @@ def step_functions(loss_fn, compile=False):
 
     fast_gradient = common.compiled(lambda theta, x, z: torch.func.grad(loss_fn)(theta, x, z, 0))
     fast_along = common.compiled(along)
-    return lambda theta, x, z, n: fast_gradient(theta, x, z), lambda theta, x, z, n, r: fast_along(
-        theta, x, z, r
-    )
+    # A new number n in every step would be compiled anew.
+    return (lambda theta, x, z, n: fast_gradient(theta, x, z)), (lambda *args: fast_along(*args[:3], args[4]))
 
 
 class _StudentSteps(torch.autograd.Function):
@@ -163,7 +162,7 @@ class _StudentSteps(torch.autograd.Function):
         images, targets, thetas, velocity = images.detach(), targets.detach(), [], torch.zeros_like(theta)
         for n, batch in enumerate(batches):
             thetas.append(theta.detach())
-            velocity = momentum * velocity + gradient(theta.detach(), images[batch], targets[batch], n)
+            velocity = momentum * velocity + gradient(thetas[n], images[batch], targets[batch], n)
             theta = theta - lr * velocity
         ctx.save_for_backward(images, targets, lr, *thetas)
         ctx.reverse, ctx.batches, ctx.momentum = reverse, batches, momentum
@@ -178,7 +177,7 @@ class _StudentSteps(torch.autograd.Function):
         for n in reversed(range(len(thetas))):
             batch = ctx.batches[n]
             r = lam + ctx.momentum * r  # dL/dg_n = - lr r: g_n goes into every later velocity
-            s, ds_dtheta, ds_dx, ds_dz = ctx.reverse(thetas[n].detach(), images[batch], targets[batch], n, r)
+            s, ds_dtheta, ds_dx, ds_dz = ctx.reverse(thetas[n], images[batch], targets[batch], n, r)
             d_images.index_add_(0, batch, -lr * ds_dx)
             d_targets.index_add_(0, batch, -lr * ds_dz)
             d_lr -= s

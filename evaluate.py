@@ -284,11 +284,9 @@ def finetune(net, name, train, test, fractions, args, seed):
             batch = batches.pop(0)
             if len(batch) < 2 and args.arch != "convnet":
                 continue  # as in pretrain
-            x = (
-                random_crop(train.images[batch], draws, train.flip)
-                if recipe["augment"]
-                else train.images[batch]
-            )
+            x = train.images[batch]
+            if recipe["augment"]:
+                x = random_crop(x, draws, train.flip)
             loss = F.cross_entropy(head(body.features(common.normalise(x, *stats))), train.labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -658,8 +656,8 @@ def read_curve(run):
         found, recipe = {}, {}  # of the last start of train_experts.py, and of earlier ones with its options
         for record in read(run / "train_experts.jsonl"):
             if "options" in record:
-                found = {**found} if common.recipe(record["options"]) == recipe else {}
-                recipe = common.recipe(record["options"])
+                if common.recipe(record["options"]) != recipe:
+                    found, recipe = {}, common.recipe(record["options"])
                 found.pop("trajectory_variance", None)
             found |= record
         options = found["options"]

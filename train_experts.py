@@ -55,9 +55,7 @@ def parse_args(argv=None):
     net.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
     net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
     kd = parser.add_argument_group("expert trajectories (eq. 7)")
-    objectives = (
-        "the students' loss: kd is the paper's method, the others are what section 4.1 sets it against"
-    )
+    objectives = "the students' loss: the paper's, kd, or what section 4.1 sets it against"
     kd.add_argument("--objective", choices=RECIPES, default="kd", help=objectives)
     kd.add_argument("--num_experts", type=positive, default=100, help="K")
     kd.add_argument("--first_expert", type=natural, default=0, help="the first's number (to split K up)")
@@ -177,8 +175,8 @@ def main(args):
     net = make_net()
     forward = net
     if args.compile:  # once, for all experts
-        net, cl = net.to(memory_format=torch.channels_last), torch.channels_last
-        forward = common.compiled(lambda x: net(x.contiguous(memory_format=cl)))
+        net = net.to(memory_format=torch.channels_last)
+        forward = common.compiled(lambda x: net(x.contiguous(memory_format=torch.channels_last)))
     paths = []
     for i in range(args.num_experts):
         k = args.first_expert + i
@@ -216,11 +214,9 @@ def main(args):
     if args.num_experts > 1:
         experts = [common.load(path, {"trajectory": 2}, "train_experts.py", mmap=True) for path in paths]
         trajectories = [expert["trajectory"] for expert in experts]
+        shape = (args.epochs + 1, common.flatten(net).numel())
         for path, trajectory in zip(paths, trajectories):
-            if (
-                trajectory.shape != (args.epochs + 1, common.flatten(net).numel())
-                or not trajectory.isfinite().all()
-            ):
+            if trajectory.shape != shape or not trajectory.isfinite().all():
                 common.fail(f"{path}: is not a finite trajectory of this student; move it away and run again")
         variance, relative = trajectory_variance(trajectories)
         log.write(trajectory_variance=variance, relative_variance=relative)

@@ -272,9 +272,8 @@ def test_table1_rehearsal(tmp_path):
     assert "| KRR-ST | 2 | " in (out / "table1_rehearsal.md").read_text()
     # A set that is there with other options stops the run: no table is made of a set that stands for another.
     before = (out / "table1_rehearsal.md").read_text(), (run / "table1.md").stat().st_mtime_ns
-    refuses = (
-        tmp_path / "python"
-    )  # in the place of python: seconds of imports less, and as distill.py it fails
+    # In the place of python, for it costs seconds of imports less, something that as distill.py refuses.
+    refuses = tmp_path / "python"
     refuses.write_text('#!/bin/sh\ncase $1 in distill.py) echo "error: no" >&2; exit 2 ;; esac\n')
     refuses.chmod(0o755)
     other = run_all("table1", "rehearse", OUT=str(out), SETS="none subset_random", PYTHON=str(refuses))
