@@ -1,5 +1,5 @@
 """What the stages of MKDT must agree on: data sets, networks, SSL losses, views, the student as a vector, the
-probe, files.
+probe, several processes, files.
 
 A definition stands here when two stages would stop fitting together without it, or when it is an equation of
 the paper (Joshi, Ni, Mirzasoleiman, "Dataset Distillation via Knowledge Distillation", ICLR 2025). The
@@ -11,8 +11,11 @@ epochs, K experts.
 """
 
 import argparse
+import contextlib
 import ctypes
+import datetime
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -33,9 +36,16 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 
 def fail(message):
     """End the program with one line on stderr and exit status 2: for all that the user can put right."""
+    if rank() > 0:
+        time.sleep(2)  # what all processes find the first one says, and torchrun ends the others meanwhile
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
@@ -103,6 +113,11 @@ TORCHVISION_ARCHIVES = {
 }
 
 
+IN_MEMORY = (
+    2**31
+)  # bytes; an image folder of more is decoded once, into a file that is then mapped into memory
+
+
 class ImageSet(NamedTuple):
     """One split of a data set, on the CPU."""
 
@@ -141,7 +156,9 @@ positive, natural, number = at_least(1), at_least(0), at_least(0, float, 1e30)
 
 
 def device(text):
-    """The type of --device: the name of one that works here."""
+    """The type of --device: the name of one that works here; under torchrun "cuda" is each process's own."""
+    if text == "cuda" and "LOCAL_RANK" in os.environ:
+        text = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=text).item()
     except Exception as error:  # torch raises many kinds
@@ -172,13 +189,17 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
         limit: keep only so many images, evenly spaced over the split (to rehearse a run).
 
     Returns an ImageSet. Exits with one line when the files cannot be had, naming the URL and their folder.
+    Files of images that need more than IN_MEMORY are decoded into data_dir/decoded, and mapped from there.
     """
     key, folder = parse_dataset(name, data_dir)
     size = image_size or DATASETS[key].size
-    samples = _open_dataset(key, split, folder)
+    with one_at_a_time(folder if key in (*ARCHIVES, *TORCHVISION_ARCHIVES) else None):
+        samples = _open_dataset(key, split, folder)
     keep = range(len(samples))
     if limit and limit < len(samples):
         keep = [i * len(samples) // limit for i in range(limit)]
+    channels = 1 if key == "digits" else 3
+    shape = (len(keep), channels, size, size)
 
     def decode(i):
         try:
@@ -190,21 +211,38 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
             image = TF.resize(image, [size, size], interpolation=InterpolationMode.LANCZOS)
         return TF.pil_to_tensor(image), label
 
-    channels = 1 if key == "digits" else 3
-    images = torch.empty(len(keep), channels, size, size, dtype=torch.uint8)
-    labels = torch.empty(len(keep), dtype=torch.int64)
-    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
-        try:
-            for i, (image, label) in enumerate(pool.map(decode, keep)):
-                images[i], labels[i] = image, label
-        except ValueError as error:
-            pool.shutdown(cancel_futures=True)
-            fail(f"{error}; replace it or take it away")
+    def parts():
+        """(images (n, C, H, W), labels) of some hundred at a time, so that nobody need hold them all."""
+        progress = Progress("image", len(keep), 1, "images")
+        with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
+            for start in range(0, len(keep), 500):
+                try:
+                    decoded = list(pool.map(decode, keep[start : start + 500]))
+                except ValueError as error:
+                    pool.shutdown(cancel_futures=True)
+                    fail(f"{error}; replace it or take it away")
+                yield torch.stack([image for image, _ in decoded]), [label for _, label in decoded]
+                progress(start, reading=name)
+
+    if isinstance(samples, _Files) and math.prod(shape) > IN_MEMORY:
+        images = _mapped_images(samples, keep, shape, Path(data_dir) / "decoded", parts)
+        labels = torch.tensor([samples.labels[i] for i in keep])
+    else:
+        images, labels = torch.empty(shape, dtype=torch.uint8), torch.empty(len(keep), dtype=torch.int64)
+        done = 0
+        for part, part_labels in parts():
+            images[done : done + len(part)] = part
+            labels[done : done + len(part)] = torch.tensor(part_labels)
+            done += len(part)
     _, mean, std, flip = DATASETS[key]
     if mean is None:
         # From the counts of the 256 values, so that no float copy of the images is made.
-        counts = [torch.bincount(images[:, c].flatten(), minlength=256).double() for c in range(channels)]
-        share = torch.stack(counts) * channels / images.numel()
+        counts = torch.zeros(channels, 256, dtype=torch.float64)
+        for part in images.split(1000):
+            counts += torch.stack(
+                [torch.bincount(part[:, c].flatten(), minlength=256) for c in range(channels)]
+            )
+        share = counts * channels / images.numel()
         values = torch.arange(256).double() / 255
         mean = share @ values
         std = (share @ values.square() - mean.square()).clamp(min=1e-4).sqrt()
@@ -238,6 +276,93 @@ class _Files:
 
     def __getitem__(self, i):
         return torchvision.datasets.folder.pil_loader(self.paths[i]), self.labels[i]
+
+
+def _mapped_images(samples, keep, shape, folder, parts):
+    """The decoded images of files, as a tensor that is mapped from a file in the folder, made if not there.
+
+    The file is named by paths, sizes and times of the images, so that one that has changed is decoded anew.
+    """
+    digest = hashlib.sha256(repr(shape).encode())
+    for i in keep:
+        stat = os.stat(samples.paths[i])
+        digest.update(f"{os.path.abspath(samples.paths[i])} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    path = folder / f"{digest.hexdigest()[:16]}.uint8"
+    with one_at_a_time(folder):
+        if not path.exists():
+            print(f"decoding {len(keep)} images of {shape[-1]} px into {path}", flush=True)
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            try:
+                with open(temporary, "wb") as file:
+                    for images, _ in parts():
+                        file.write(images.numpy())
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=torch.uint8).view(shape)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder):
+    """Processes pass here one after another, for the first to make what the others find; None: all at once.
+
+    Where the folder cannot be locked (it may be read-only, with all in it) they do not wait.
+    """
+    with contextlib.ExitStack() as stack:
+        if folder and fcntl:
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(folder / ".lock", "a"))
+                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
+
+
+# Images beyond what a device holds stay on the host.
+
+
+def place(tensors, device):
+    """The tensors on the device, if they take less than a third of its free memory, or as they are."""
+    if str(device).startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(device)
+        if sum(tensor.nbytes for tensor in tensors) > free / 3:
+            return tensors
+    return [tensor.to(device) for tensor in tensors]
+
+
+def fetch(tensors, batches, device):
+    """An iterator of the rows of all the tensors, on the device, for each index tensor (or slice) of batches.
+
+    Those of tensors on the host come one batch ahead.
+    """
+    if all(tensor.device.type == torch.device(device).type for tensor in tensors):
+        return ([tensor[batch] for tensor in tensors] for batch in batches)
+    return _fetch_ahead(tensors, batches, device)
+
+
+def _fetch_ahead(tensors, batches, device):
+    """A thread gathers and pins the rows; they are copied on a stream of their own while the device computes."""
+    cuda = torch.device(device).type == "cuda"
+    stream = torch.cuda.Stream(device) if cuda else None
+
+    def copy(batch):
+        rows = [tensor[batch] for tensor in tensors]
+        if not cuda:
+            return [row.to(device) for row in rows], None
+        with torch.cuda.stream(stream):
+            rows = [row.pin_memory().to(device, non_blocking=True) for row in rows]
+            return rows, stream.record_event()
+
+    batches = iter(batches)
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(copy, batch) for batch in itertools.islice(batches, 1)]
+        while ahead:
+            ahead += [pool.submit(copy, batch) for batch in itertools.islice(batches, 1)]
+            rows, copied = ahead.pop(0).result()
+            if copied:
+                torch.cuda.current_stream(device).wait_event(copied)
+                for row in rows:  # so that their memory is not given away while the device still reads
+                    row.record_stream(torch.cuda.current_stream(device))
+            yield rows
 
 
 def _open_dataset(key, split, folder):
@@ -469,9 +594,14 @@ def forward_flat(net, theta, x, memory_format=torch.contiguous_format):
 
 
 @torch.no_grad()
-def encode(function, images, mean, std, batch_size=500):
-    """function(normalised images) over images (N, C, H, W) uint8, in batches; (N, ...) on their device."""
-    return torch.cat([function(normalise(batch, mean, std)) for batch in images.split(batch_size)])
+def encode(function, images, mean, std, device=None, batch_size=500):
+    """function(normalised images) over images (N, C, H, W) uint8, in batches; (N, ...) on the device.
+
+    device: that of the function's network, if the images are on another.
+    """
+    parts = (slice(i, i + batch_size) for i in range(0, len(images), batch_size))
+    batches = fetch([images], parts, device or images.device)
+    return torch.cat([function(normalise(batch, mean, std)) for (batch,) in batches])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -503,7 +633,7 @@ def simclr_loss(z1, z2, temperature):
 
 
 def random_view(
-    images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0, solarize=0.0
+    images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0, solarize=0.0, of=None
 ):
     """One random view of each image, every image by its own draw, computed as a batch on the images' device.
 
@@ -517,6 +647,7 @@ def random_view(
         flip: mirror half of the images.
         jitter: strength of brightness, contrast, saturation, and hue (in turns).
         blur, solarize: probabilities.
+        of: (B', first): the images are those from `first` on of a batch of B', and see its views.
 
     Returns (B, C, H, W) in [0, 1], float32 or of the images' own precision, differentiable in images.
 
@@ -527,12 +658,16 @@ def random_view(
     b, channels = images.shape[:2]
     x = images.float() / 255 if images.dtype == torch.uint8 else images
     device, dtype = x.device, x.dtype
+    total, first = of or (b, 0)
 
-    def uniform(low, high):  # drawn in float32, so that a draw does not depend on the precision
-        return torch.rand(b, generator=generator, device=device).to(dtype) * (high - low) + low
+    def draw():  # in float32, so that a draw does not depend on the precision
+        return torch.rand(total, generator=generator, device=device)[first : first + b]
+
+    def uniform(low, high):
+        return draw().to(dtype) * (high - low) + low
 
     def chance(p):
-        return torch.rand(b, generator=generator, device=device) < p
+        return draw() < p
 
     # Crop and mirror: an affine grid in [-1, 1]. Where torchvision draws again, sides above 1 are cut to 1.
     area, log_ratio = uniform(min_crop, 1), uniform(math.log(3 / 4), math.log(4 / 3))
@@ -603,7 +738,7 @@ SSL = {  # of the student's outputs for two views; weights as in train_teacher.p
 OBJECTIVES = (*LOSSES, *SSL)
 
 
-def make_objective(name, data):
+def make_objective(name, data, precision="fp32"):
     """The loss of a student on a batch: a function (f, x, z, generator) -> scalar.
 
     "kd" is the MSE of f(x) to the targets z (eq. 5), "supervised" the cross-entropy to one-hot labels z, both
@@ -612,6 +747,7 @@ def make_objective(name, data):
     Args:
         name: one of OBJECTIVES.
         data: the ImageSet whose mean and std the student sees images by, and whose views may be mirrored.
+        precision: "bf16" for f in bfloat16 where autocast allows it; the loss itself stays in float32.
 
     Args of the function: f, images (B, C, H, W) -> (B, D); x, (B, C, H, W) uint8, or float and normalised;
     z, (B, D); generator, a torch.Generator for the views, on the images' device.
@@ -619,6 +755,7 @@ def make_objective(name, data):
     stats = (data.mean, data.std)
 
     def loss(f, x, z, generator=None):
+        f = autocast(f, x.device, precision)
         if name in SSL:
             x = x if x.dtype == torch.uint8 else denormalise(x, *stats)
             views = [random_view(x, generator, flip=data.flip) for _ in range(2)]
@@ -675,7 +812,7 @@ def probe_accuracy(train_features, train_labels, test_features, test_labels):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files and logs
+# Devices and processes
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -686,12 +823,113 @@ def best_device():
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+PRECISION_HELP = "tf32: products on a GPU are rounded to 10 bits; bf16: networks in bfloat16 by autocast"
+
+
+def set_up(args):
+    """What every stage does first: threads and precision, and joining the other processes of torchrun."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    if world_size() > 1 and not torch.distributed.is_initialized():
+        cuda = args.device.startswith("cuda")
+        if cuda:
+            torch.cuda.set_device(args.device)
+        forever = datetime.timedelta(days=30)  # a process that is done waits for the slowest
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=forever)
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first process speaks for all
+
+
+def autocast(function, device, precision):
+    """The function, a network, in this precision: "bf16" by autocast, with float32 outputs; else as it is."""
+    if precision != "bf16":
+        return function
+
+    def rounded(x):
+        with torch.autocast(device.type, torch.bfloat16):
+            return function(x).float()
+
+    return rounded
+
+
+def rank():
+    """This process's number among those that torchrun started, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def wait_for_all():
+    """Returns when all processes have come here."""
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def average(*tensors):
+    """Replace each of the tensors by its mean over the processes."""
+    for tensor in tensors if world_size() > 1 else ():
+        torch.distributed.all_reduce(tensor)
+        tensor /= world_size()
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes, differentiated as such: the gradients of all processes' losses add up."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Sum.forward(ctx, gradient)
+
+
+def gather(x):
+    """The rows of all processes, x (B, d) each, in their order: (G B, d), differentiable."""
+    if world_size() == 1:
+        return x
+    start = rank() * len(x)
+    return _Sum.apply(F.pad(x, (0, 0, start, world_size() * len(x) - start - len(x))))
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """BatchNorm with the statistics of the batch over all processes, on CPUs too, where torch has none."""
+
+    def forward(self, x):
+        if x.is_cuda or not self.training or world_size() == 1:
+            return super().forward(x)
+        others = [0, *range(2, x.ndim)]
+        count = world_size() * x.numel() / x.shape[1]
+        mean = _Sum.apply(x.sum(others, keepdim=True)) / count
+        x = x - mean
+        variance = _Sum.apply(x.square().sum(others, keepdim=True)) / count
+        self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
+        self.running_var.lerp_(variance.detach().flatten() * count / (count - 1), self.momentum)
+        self.num_batches_tracked += 1
+        x = x * (variance + self.eps).rsqrt()
+        if self.affine:
+            x = x * self.weight.view(mean.shape) + self.bias.view(mean.shape)
+        return x
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files and logs
+# ------------------------------------------------------------------------------------------------------------
+
+
 def fingerprint(*tensors):
     """Sixteen hex digits that tell tensors apart: how a file names the targets that it was made from."""
     digest = hashlib.sha256()
     for tensor in tensors:
         tensor = torch.as_tensor(tensor).detach().cpu().contiguous()
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy())  # without a copy
     return digest.hexdigest()[:16]
 
 
@@ -748,9 +986,10 @@ def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None, object
     """The targets of a run with the training images that they belong to, for the stages after the teacher.
 
     Returns (train ImageSet, targets (N, D) float32, made): made is what the next file carries of its origin,
-    {options of the earlier stages, images_id, targets_id}. Exits if targets and images do not belong
-    together. A targets.pt written by a fork needs no more than {targets}. It is not read for two kinds of
-    objectives: the targets of "supervised" are the labels, one-hot, and SSL has none, (N, 0).
+    {options of the earlier stages, images_id, targets_id}. The targets stay on disk until they are read.
+    Exits if targets and images do not belong together. A fork's targets.pt needs no more than {targets}. It
+    is not read for two kinds of objectives: the targets of "supervised" are the labels, one-hot, and SSL has
+    none, (N, 0).
     """
     if objective == "supervised" or objective in SSL:
         train = load_images(dataset, "train", data_dir, image_size, limit)
@@ -763,9 +1002,10 @@ def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None, object
         targets_id = fingerprint(targets, *here.encode())
         return train, targets, {"options": {}, "images_id": here, "targets_id": targets_id}
     path = Path(out_dir) / "targets.pt"
-    contents = load(path, {"targets": 2}, f"train_teacher.py --dataset {dataset} --out_dir {out_dir}")
+    made_by = f"train_teacher.py --dataset {dataset} --out_dir {out_dir}"
+    contents = load(path, {"targets": 2}, made_by, mmap=True)
     targets = contents["targets"]
-    if not targets.isfinite().all():
+    if not all(part.isfinite().all() for part in targets.split(10_000)):
         fail(f"{path}: the targets are not all finite; make it again with train_teacher.py")
     train = load_images(dataset, "train", data_dir, image_size, limit)
     n, px, here = len(train.images), train.images.shape[-1], images_id(train.images)
@@ -858,6 +1098,8 @@ def run(main, args):
     sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to stop
     try:
         main(args)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except torch.OutOfMemoryError as error:
         fail(f"the device is out of memory ({str(error).splitlines()[0]}); choose a smaller batch or --limit")
     except RuntimeError as error:
@@ -872,35 +1114,55 @@ def run(main, args):
 
 
 class Log:
-    """OUT_DIR/STAGE.jsonl, a JSON record a line, and a line for the reader at most every few seconds."""
+    """OUT_DIR/STAGE.jsonl, a JSON record a line; of several processes, the first writes how it began."""
 
-    def __init__(self, out_dir, stage, options, interval=5.0):
+    def __init__(self, out_dir, stage, options):
         self.path = Path(out_dir) / f"{stage}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.interval, self.said, self.started = interval, 0.0, time.time()
         where = options["device"]
         if where.startswith("cuda"):
             where = torch.cuda.get_device_name(where)
-        self.write(
-            command=shlex.join(["python", *sys.argv]),
-            options=options,
-            time=time.strftime("%Y-%m-%d %H:%M:%S"),
-            torch=torch.__version__,
-            device=where,
-            threads=torch.get_num_threads(),
-        )
+        if rank() == 0:
+            self.write(
+                command=shlex.join(["python", *sys.argv]),
+                options=options,
+                time=time.strftime("%Y-%m-%d %H:%M:%S"),
+                torch=torch.__version__,
+                device=where,
+                threads=torch.get_num_threads(),
+                processes=world_size(),
+            )
 
     def write(self, **record):
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, default=str) + "\n")
 
-    def say(self, text, last=False):
-        """Print a line, unless one was printed less than `interval` seconds ago and this is not the last."""
-        if last or time.time() - self.said >= self.interval:
-            self.said = time.time()
-            print(text, flush=True)
 
-    def progress(self, done, total):
-        """For a line: done/total and the time left."""
-        left = (time.time() - self.started) / max(done, 1) * (total - done)
-        return f"{done}/{total}, " + (f"{left:.0f} s left" if left < 600 else f"{left / 60:.0f} min left")
+class Progress:
+    """Says how far a stage is, in a line at most every `interval` seconds, and at its end.
+
+    Args:
+        what: is counted: "epoch".
+        total: how many there will be.
+        size, unit: of one of them, for the speed: 50,000 "images".
+    """
+
+    def __init__(self, what, total, size, unit, interval=5.0):
+        self.what, self.total, self.size, self.unit, self.interval = what, total, size, unit, interval
+        self.started = self.said = time.time()
+        self.then = 0
+
+    def __call__(self, done, **values):
+        """done of total, also between two: 3.4 epochs; values: what else to show, {name: text or number}."""
+        now = time.time()
+        if now - self.said < self.interval and done < self.total:
+            return
+        speed = (done - self.then) * self.size / max(now - self.said, 1e-9)
+        left = (now - self.started) / max(done, 1e-9) * (self.total - done)
+        texts = {k: f"{v:.4f}" if isinstance(v, (float, torch.Tensor)) else v for k, v in values.items()}
+        shown = [f"{name.replace('_', ' ')} {text}" for name, text in texts.items()]
+        shown += [f"{speed:,.0f} {self.unit}/s" if speed >= 10 else f"{speed:.2g} {self.unit}/s"]
+        shown += [f"{left:.0f} s left" if left < 600 else f"{left / 60:.0f} min left"]
+        at = f"{done:.1f}" if done != int(done) else f"{int(done)}"
+        print(f"{self.what} {at}/{self.total}: {', '.join(shown)}", flush=True)
+        self.said, self.then = now, done

@@ -20,9 +20,11 @@ Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,
     python distill.py --init random --iters 0 --lr_from mkdt_high_loss    # with the lr that MKDT learnt
     python distill.py --method krr_st             # the baseline KRR-ST: krr_st_random
     python distill.py --seed 1                    # a second set of the method: mkdt_high_loss_seed1
+    torchrun --nproc_per_node 4 distill.py        # four experts an iteration, on a GPU each: see --segments
 """
 
 import argparse
+import itertools
 import math
 import re
 import time
@@ -75,6 +77,8 @@ def parse_args(argv=None):
     syn.add_argument("--lr_from", metavar="NAME", help="take it from OUT/sets/NAME.pt instead")
     match = parser.add_argument_group("trajectory matching (eq. 4 and 8)")
     match.add_argument("--syn_steps", type=positive, default=40, help="N, steps on D_syn (tinyimagenet: 10)")
+    segments = "experts an iteration, whose gradients are averaged (default: 1, torchrun: one a process)"
+    match.add_argument("--segments", type=positive, help=segments)
     match.add_argument("--max_experts", type=positive, help="match the first so many alone (default: all)")
     match.add_argument("--expert_epochs", type=positive, default=2, help="M, epochs of the expert to match")
     match.add_argument("--max_start_epoch", type=positive, default=2, help="T+ > t (5 %% of cifar: 5)")
@@ -92,6 +96,8 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
     parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    precision = "tf32: products on a GPU are rounded to 10 bits; in bf16 the gradient would be 7 %% off"
+    parser.add_argument("--precision", choices=["fp32", "tf32"], default="fp32", help=precision)
     fused = "fuse a student's step by torch.compile (not with SSL): faster, after a minute or two"
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=fused)
     args = parser.parse_args(argv)
@@ -105,6 +111,9 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out_dir = args.out_dir or Path("runs") / common.run_name(args.dataset)
+    args.segments = args.segments or common.world_size()
+    if args.segments % common.world_size():
+        common.fail(f"--segments {args.segments}: choose a multiple of the {common.world_size()} processes")
     if not args.name:
         args.name = f"{args.method if args.iters else 'subset'}_{args.init}"
         args.name += f"_lr_from_{args.lr_from}" if args.lr_from else ""
@@ -247,16 +256,21 @@ def trajectory_losses(args, net, loss_fn, images, targets, lr, paths, trajectori
 
         functions = step_functions(fused_loss, compile=True)
 
-    while True:
+    def draw_segment():
+        """An expert, its start epoch, the batches of N steps, and a seed for SSL's views."""
         k = torch.randint(len(trajectories), (), generator=generator).item()
         t = torch.randint(args.max_start_epoch, (), generator=generator).item()
+        # One image has nothing to be contrasted with.
+        batches = draw_batches(len(images), args.batch_syn, args.syn_steps, generator, 2 if ssl else 1)
+        return k, t, batches, torch.randint(2**31, (), generator=generator).item() if ssl else 0
+
+    # Every process draws all segments, so that their generators stay alike, and takes its own.
+    rounds = (draw_segment() for _ in itertools.count())
+    for k, t, batches, seed in itertools.islice(rounds, common.rank(), None, common.world_size()):
         start = trajectories[k][t].to(args.device)
         goal = trajectories[k][t + args.expert_epochs].to(args.device)
         if not (start.isfinite().all() and goal.isfinite().all()):
             common.fail(f"{paths[k]}: its weights are not all finite; make it again with train_experts.py")
-        # One image has nothing to be contrasted with.
-        batches = draw_batches(len(images), args.batch_syn, args.syn_steps, generator, 2 if ssl else 1)
-        seed = torch.randint(2**31, (), generator=generator).item() if ssl else 0
 
         def step_loss(theta, x, z, n, seed=seed):
             draws.manual_seed(seed + n)  # on the way back, step n sees its views again
@@ -314,7 +328,7 @@ def regression_losses(args, make_net, images, targets, train, all_targets, gener
     def new_student():
         return PoolStudent(make_net, torch.randint(2**31, (), generator=generator).item())
 
-    real_images, real_targets = train.images.to(args.device), all_targets.to(args.device)
+    real = common.place([train.images, all_targets], args.device)
     exact = torch.float32 if args.device.startswith("mps") else torch.float64  # lambda is small
     print(f"KRR-ST: training a pool of {args.pool_size} students", flush=True)
     pool = [new_student() for _ in range(args.pool_size)]
@@ -322,16 +336,16 @@ def regression_losses(args, make_net, images, targets, train, all_targets, gener
         student.train(images, targets, torch.randint(args.pool_steps, (), generator=generator).item())
     while True:
         k = torch.randint(len(pool), (), generator=generator).item()
-        batch = torch.randperm(len(real_images), generator=generator)[: args.batch_real].to(args.device)
+        batch = torch.randperm(len(train.images), generator=generator)[: args.batch_real]
+        ((x, z),) = common.fetch(real, [batch], args.device)
         with torch.no_grad():
-            real = common.normalise(real_images[batch], train.mean, train.std)
-            queries = pool[k].net.features(real).to(exact)
+            queries = pool[k].net.features(common.normalise(x, train.mean, train.std)).to(exact)
         features = pool[k].net.features(images).to(exact)
         try:
             predicted = kernel_ridge(features, targets.to(exact), queries, args.ridge)
         except torch.linalg.LinAlgError:
             common.fail(f"the kernel of student {k} is singular: choose a --ridge above {args.ridge:g}")
-        yield F.mse_loss(predicted, real_targets[batch].to(exact)), {"student": k, "steps": pool[k].steps}
+        yield F.mse_loss(predicted, z.to(exact)), {"student": k, "steps": pool[k].steps}
         if pool[k].steps < args.pool_steps:
             pool[k].train(images, targets)
         else:
@@ -344,12 +358,12 @@ def regression_losses(args, make_net, images, targets, train, all_targets, gener
 
 
 def high_loss_indices(example_losses, size):
-    """The `size` images with the highest loss, (size,), hardest first; example_losses is (K, N).
+    """The `size` images with the highest loss, (size,), hardest first; example_losses: K times (N,).
 
     The losses are averaged over the experts (section 4.2, "Initializing Synthetic Data"); no labels, no
     balancing.
     """
-    return example_losses.mean(0).topk(size).indices
+    return sum(example_losses).topk(size).indices
 
 
 def greedy_gains(features, size):
@@ -442,10 +456,10 @@ def students_objective(args, folder):
 
 
 def load_experts(folder, num_images, num_parameters, made, count=None):
-    """The experts of a run: (paths, trajectories K times (E + 1, P), example losses (K, N), options so far).
+    """The experts of a run: (paths, trajectories (E + 1, P), example losses (N,) of each, options so far).
 
-    The trajectories stay on disk until rows of them are read. count: the first so many, None for all. Exits
-    if a file does not belong to the others, to these targets (made is load_targets') or to this student.
+    Both stay on disk until they are read. count: the first so many, None for all. Exits if a file does not
+    belong to the others, to these targets (made is load_targets') or to this student.
     """
     paths = expert_paths(folder)
     if not paths:
@@ -455,7 +469,7 @@ def load_experts(folder, num_images, num_parameters, made, count=None):
     trajectories, losses, first = [], [], None
     for path in paths[:count]:
         expert = common.load(path, {"trajectory": 2, "example_loss": 1}, "train_experts.py", mmap=True)
-        trajectory, loss = expert["trajectory"], expert["example_loss"].clone()
+        trajectory, loss = expert["trajectory"], expert["example_loss"]
         options = expert.get("options", {})
         first = first or (trajectory.shape, options)
         if trajectory.shape[1] != num_parameters:
@@ -473,7 +487,7 @@ def load_experts(folder, num_images, num_parameters, made, count=None):
             )
         trajectories.append(trajectory)
         losses.append(loss)
-    return paths, trajectories, torch.stack(losses), {**made["options"], **first[1]}
+    return paths, trajectories, losses, {**made["options"], **first[1]}
 
 
 def save_picture(path, start, result, stats, count=30, columns=10):
@@ -486,8 +500,7 @@ def save_picture(path, start, result, stats, count=30, columns=10):
 
 
 def main(args):
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    common.set_up(args)
     folder, matching = args.out_dir / "experts", args.method == "mkdt"
     reads_experts = (matching and args.iters > 0) or args.init == "high_loss"
     args.objective, out_dim = students_objective(args, folder) if reads_experts else ("kd", None)
@@ -504,6 +517,7 @@ def main(args):
     if common.is_done(path, "distill", options, keys, made["targets_id"]):
         print(f"{path} is there: nothing to do")
         return
+    common.wait_for_all()  # or the others might find what the first has made
     n, channels, px = train.images.shape[:3]
     stats = (train.mean, train.std)
     size = int(args.fraction * n)  # S
@@ -550,7 +564,7 @@ def main(args):
         if args.lr_targets > 0:
             groups.append({"params": targets.requires_grad_(), "lr": args.lr_targets})
         optimizer = torch.optim.SGD(groups, momentum=args.momentum)
-        loss_fn = common.make_objective(args.objective, train)
+        loss_fn = common.make_objective(args.objective, train, args.precision)
         losses = trajectory_losses(args, net, loss_fn, images, targets, lr, paths, trajectories, generator)
     else:
         optimizer = torch.optim.AdamW([images, targets.requires_grad_()], args.lr_img, weight_decay=0)
@@ -558,17 +572,24 @@ def main(args):
     last_factor = 1.0 if matching else 1e-3  # KRR-ST: linear decay of the lr
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last_factor, max(1, args.iters))
     log = common.Log(args.out_dir, f"distill_{args.name}", vars(args))
+    learnt = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+    progress = common.Progress("iteration", args.iters, 1, "iterations")
 
     began = time.time()
-    for it, (loss, drawn) in zip(range(1, args.iters + 1), losses):
+    own = args.segments // common.world_size() if matching else 1
+    for it in range(1, args.iters + 1):
         optimizer.zero_grad()
-        loss.backward()
+        total = torch.zeros((), device=args.device)
+        for loss, drawn in itertools.islice(losses, own):  # noqa: B007  the last one is logged
+            (loss / own).backward()
+            total += loss.detach() / own
+        common.average(total, *(leaf.grad for leaf in learnt))
         norm = torch.nn.utils.clip_grad_norm_(images, args.clip_grad or math.inf).item()
         optimizer.step()
         schedule.step()
         lr.data.clamp_(min=args.lr_init / 1000)  # alpha_syn stays positive
 
-        value = loss.item()
+        value = total.item()
         if not (math.isfinite(value) and lr.isfinite() and images.isfinite().all()):
             common.fail(
                 f"the loss is {value} in iteration {it} (lr {lr.item():.3g}): choose a smaller --lr_img than "
@@ -577,14 +598,13 @@ def main(args):
         moved = (images.detach() - start_images).abs().mean().item()
         kind = "matching_loss" if matching else "regression_loss"
         record = {"iteration": it, **drawn, kind: value, "lr": lr.item(), "pixel_change": moved}
-        log.write(**record, gradient_norm=norm, seconds=round(time.time() - began, 4))
+        if common.rank() == 0:
+            log.write(**record, gradient_norm=norm, seconds=round(time.time() - began, 4))
         began = time.time()
-        log.say(
-            f"{args.name} {log.progress(it, args.iters)}: {kind.replace('_', ' ')} {value:.4f}, "
-            f"lr {lr.item():.4f}, pixels moved {moved:.4f}",
-            last=it == args.iters,
-        )
+        progress(it, **{kind: value}, lr=lr, pixels_moved=moved)
 
+    if common.rank() > 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     save_picture(path.with_suffix(".png"), start_images, images.detach(), stats)
     common.save(path, {

@@ -15,6 +15,7 @@ Writes: OUT/results.jsonl   one record an accuracy; a stage that is started agai
     python evaluate.py --sets none subset_random subset_random:simclr krr_st_random:krr_st full
     python evaluate.py --protocol finetune        # full fine-tuning on all labels (appendix B)
     python evaluate.py --figure1 runs/a runs/b    # or: the paper's figure 1, from the logs of other stages
+    torchrun --nproc_per_node 4 evaluate.py       # on four GPUs, each its sets and seeds
 
 The set "none" is the student's random initialisation, "full" the real images with the teacher's targets. Sets
 whose names differ by _seedN only are repetitions of one distillation, and one row. What cannot be measured is
@@ -25,6 +26,7 @@ that differ in the objective: OUT/NAME.png, the numbers in OUT/NAME.jsonl, and O
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import itertools
@@ -32,6 +34,7 @@ import json
 import math
 import re
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -126,6 +129,8 @@ def parse_args(argv=None):
     probe.add_argument("--split", choices=["test", "val"], default="test", help=val)
     parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    precision = dict(choices=["fp32", "tf32", "bf16"], default="fp32", help=common.PRECISION_HELP)
+    parser.add_argument("--precision", **precision)
     args = parser.parse_args(argv)
     beside = args.figure1[0].parent if args.figure1 else Path("runs") / common.run_name(args.dataset)
     args.out_dir = args.out_dir or beside
@@ -164,17 +169,18 @@ def make_encoder(args, out_dim, image_size, channels):
     return common.ResNet(blocks, out_dim, channels, args.width, lambda w: nn.GroupNorm(w, w), strides)
 
 
-def pretrain(net, objective, images, targets, data, lr, args, seed):
+def pretrain(net, objective, images, targets, data, lr, args, seed, tick=None):
     """Train net in place on a set: by SGD on the MSE to its targets (objective "kd", eq. 9), or by SSL.
 
     "krr_st" is "kd" with the recipe of KRR-ST (Lee et al., ICLR 2024). SSL sees the images alone, in two
     random views, and trains by Adam, as the paper does (appendix A.2). images (S, C, H, W) are normalised by
-    the mean and std of data, an ImageSet, or uint8."""
+    the mean and std of data, an ImageSet, or uint8. tick(share done, loss) is called in every step.
+    """
     epochs = args.krr_st_epochs if objective == "krr_st" else args.epochs
     net.train()
     order = torch.Generator().manual_seed(seed)
     draws = torch.Generator(args.device).manual_seed(seed)
-    loss_fn = common.make_objective("kd" if objective == "krr_st" else objective, data)
+    loss_fn = common.make_objective("kd" if objective == "krr_st" else objective, data, args.precision)
     if objective in common.SSL:
         optimizer = torch.optim.Adam(net.parameters(), args.ssl_lr, weight_decay=1e-6)
     elif objective == "krr_st":
@@ -184,15 +190,20 @@ def pretrain(net, objective, images, targets, data, lr, args, seed):
         optimizer = torch.optim.SGD(net.parameters(), lr, args.momentum, weight_decay=args.weight_decay)
 
     steps = 0
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images), generator=order).to(images.device).split(args.batch_size):
-            if len(batch) < 2 and (objective in common.SSL or args.arch != "convnet"):
-                continue  # nothing to contrast it with, or to take BatchNorm's statistics over
+    for epoch in range(epochs):
+        batches = torch.randperm(len(images), generator=order).split(args.batch_size)
+        if (
+            objective in common.SSL or args.arch != "convnet"
+        ):  # two to contrast, or for BatchNorm's statistics
+            batches = [batch for batch in batches if len(batch) > 1]
+        for i, (x, z) in enumerate(common.fetch([images, targets], batches, args.device)):
             steps += 1
-            loss = loss_fn(net, images[batch], targets[batch], draws)
+            loss = loss_fn(net, x, z, draws)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if tick:
+                tick((epoch + (i + 1) / len(batches)) / epochs, loss)
     if not steps:
         common.fail(f"{len(images)} images in batches of {args.batch_size}: {objective} needs two in a batch")
 
@@ -203,9 +214,9 @@ def label_order(labels, label_draw, seed):
     "uniform" draws without regard to the labels (N,), as the authors do; "balanced" takes one image of each
     class in turn, as long as there are any.
     """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     if label_draw == "balanced":
-        one_hot = F.one_hot(labels[order])
+        one_hot = F.one_hot(labels.cpu()[order])
         # 1 for the first image of its class, 2 for the second ...
         turn = (one_hot.cumsum(0) * one_hot).sum(1)
         order = order[turn.argsort(stable=True)]
@@ -217,8 +228,8 @@ def probe(net, train, test, fractions, args, seed):
     order = label_order(train.labels, args.label_draw, seed if args.label_seed is None else args.label_seed)
     order = order[: int(max(fractions) * len(order))]
     net.eval()  # for both splits; the authors take the training features in train mode
-    features = common.encode(net.features, train.images[order], train.mean, train.std)
-    test_features = common.encode(net.features, test.images, train.mean, train.std)
+    features = common.encode(net.features, train.images[order], train.mean, train.std, args.device)
+    test_features = common.encode(net.features, test.images, train.mean, train.std, args.device)
     if not max(features.abs().max(), test_features.abs().max()) < 1e15:
         common.fail("the encoder's features are not finite, or nearly so: its pre-training diverged")
     accuracies = {}
@@ -259,7 +270,8 @@ def finetune(net, name, train, test, fractions, args, seed):
         labelled = order[: int(fraction * len(order))]
         torch.manual_seed(SEEDS + seed)
         body = copy.deepcopy(net).eval()
-        head = nn.Linear(common.encode(body.features, train.images[:1], *stats).shape[1], num_classes)
+        some = common.encode(body.features, train.images[:1], *stats, args.device)
+        head = nn.Linear(some.shape[1], num_classes)
         head.to(args.device)
         parts = [
             {"params": body.parameters(), "lr": recipe["lr"] * recipe["backbone"]},
@@ -273,27 +285,26 @@ def finetune(net, name, train, test, fractions, args, seed):
         steps = args.finetune_steps or steps
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         draws = torch.Generator(args.device).manual_seed(SEEDS + seed)
+        order_draws = torch.Generator().manual_seed(SEEDS + seed)
+        forward = common.autocast(body.features, torch.device(args.device), args.precision)
         body.train()
         if len(labelled) < 2 and args.arch != "convnet":
             common.fail(f"--fractions {fraction:g}: one labelled image of {name} cannot tune a {args.arch}")
         batches = []
-        for _ in range(steps):
-            if not batches:
-                shuffled = torch.randperm(len(labelled), generator=draws, device=args.device)
-                batches = list(labelled[shuffled].split(256))
-            batch = batches.pop(0)
-            if len(batch) < 2 and args.arch != "convnet":
+        while len(batches) < steps:
+            batches += labelled[torch.randperm(len(labelled), generator=order_draws)].split(256)
+        for x, y in common.fetch([train.images, train.labels], batches[:steps], args.device):
+            if len(x) < 2 and args.arch != "convnet":
                 continue  # as in pretrain
-            x = train.images[batch]
             if recipe["augment"]:
                 x = random_crop(x, draws, train.flip)
-            loss = F.cross_entropy(head(body.features(common.normalise(x, *stats))), train.labels[batch])
+            loss = F.cross_entropy(head(forward(common.normalise(x, *stats))), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
         body.eval()
-        scores = head(common.encode(body.features, test.images, *stats))
+        scores = head(common.encode(body.features, test.images, *stats, args.device))
         if not scores.isfinite().all():
             common.fail(f"{args.protocol} on {name} diverged: its lr is {recipe['lr']:.3g}")
         accuracies[fraction] = 100 * (scores.argmax(1) == test.labels).float().mean().item()
@@ -340,8 +351,11 @@ def load_downstream(name, args, channels):
         common.fail(
             f"--downstream {name}: has {train.images.shape[1]} colour channels, the student {channels}"
         )
-    return tuple(part._replace(images=part.images.to(args.device), labels=part.labels.to(args.device))
-                 for part in (train, test))  # fmt: skip
+    placed = [common.place([part.images, part.labels], args.device) for part in (train, test)]
+    return tuple(
+        part._replace(images=images, labels=labels.to(args.device))
+        for part, (images, labels) in zip((train, test), placed)
+    )
 
 
 def num_labelled(name, fraction, train):
@@ -771,9 +785,8 @@ def figure1(args):
 
 def main(args):
     if args.figure1:
-        return figure1(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+        return figure1(args) if common.rank() == 0 else None
+    common.set_up(args)
     as_paper = args.paper and args.protocol == "linear" and (args.arch == "convnet" or args.norm == "batch")
     paper = read_paper(args.paper, args.dataset, args.arch) if as_paper else {}
     train, all_targets, made = common.load_targets(
@@ -782,10 +795,15 @@ def main(args):
     channels, px = train.images.shape[1:3]
     failures = []
 
-    def attempt(function, *arguments):
-        """function(*arguments), or None where it exits with an error: its line is said, the rest goes on."""
+    def attempt(function, *arguments, own=False):
+        """function(*arguments), or None where it exits with an error: its line is said, the rest goes on.
+
+        own: this process's own work; otherwise all processes do the same, and the first one says the line.
+        """
+        stderr = sys.stderr if own or common.rank() == 0 else sys.stdout
         try:
-            return function(*arguments)
+            with contextlib.redirect_stderr(stderr):
+                return function(*arguments)
         except SystemExit as error:
             failures.append(error)
             return None
@@ -816,19 +834,21 @@ def main(args):
     of_cell = ("dataset", "sets", "lr", "pretrain", "downstream", "fractions", "seeds", "paper")
     options = {name: value for name, value in common.recipe(vars(args)).items() if name not in of_cell}
     options["targets_id"] = made["targets_id"]
-    known = {
-        key(record): record["accuracy"] for record in read_results(results) if record["options"] == options
-    }
+
+    def read_known():
+        return {key(r): r["accuracy"] for r in read_results(results) if r["options"] == options}
+
+    known = read_known()
     log = common.Log(args.out_dir, "evaluate", vars(args))
 
-    def encoder(name, objective, seed):
+    def encoder(name, objective, seed, tick):
         """A fresh encoder, pre-trained on a set."""
         images, targets, lr = sets[name]
         torch.manual_seed(SEEDS + seed)  # not the experts' seeds: one would start where an expert did
         net = make_encoder(args, all_targets.shape[1], px, channels).to(args.device)
         if images is not None:
-            images, targets = images.to(args.device), targets.to(args.device)
-            pretrain(net, objective, images, targets, train, lr, args, SEEDS + seed)
+            images, targets = common.place([images, targets], args.device)
+            pretrain(net, objective, images, targets, train, lr, args, SEEDS + seed, tick)
         if not all(p.isfinite().all() for p in net.parameters()):
             lr = {"kd": lr, "krr_st": KRR_ST["lr"]}.get(objective, args.ssl_lr)
             common.fail(f"pre-training on {name} by {objective}, seed {seed}, diverged: its lr is {lr:.3g}")
@@ -844,13 +864,13 @@ def main(args):
         record = records(name, objective, seed).get((d, f)) if sets[name] else None
         return known.get(key(record), math.nan) if record else math.nan
 
-    def measure(name, objective, seed):
+    def measure(name, objective, seed, tick):
         """Adds to results.jsonl and to known what is missing there of a set and a seed."""
         cells, began = records(name, objective, seed), time.time()
         missing = list(dict.fromkeys(d for (d, _), record in cells.items() if key(record) not in known))
         if not missing:
             return
-        net = encoder(name, objective, seed)
+        net = encoder(name, objective, seed, tick)
         log.write(set=name, pretrain=objective, seed=seed, pretrain_seconds=round(time.time() - began, 3))
         for d in missing:
             if args.protocol == "linear":
@@ -865,19 +885,34 @@ def main(args):
                     with open(results, "a", encoding="utf-8") as file:
                         file.write(line + "\n")
 
-    total, done, cells = len(args.seeds) * sum(len(members) for members in rows.values()), 0, {}
+    work = [
+        (name, objective, seed)
+        for (_, objective), members in rows.items()
+        for name, seed in itertools.product([name for name in members if sets[name]], args.seeds)
+    ][common.rank() :: common.world_size()]
+    progress = common.Progress("encoder", len(work), 1, "encoders")
+    for done, (name, objective, seed) in enumerate(work):
+
+        def tick(share, loss, done=done, name=name, seed=seed):
+            progress(done + 0.9 * share, set=name, seed=seed, loss=loss)
+
+        attempt(measure, name, objective, seed, tick, own=True)
+        progress(done + 1, set=name, seed=seed)
+    failed = torch.tensor(float(len(failures)), device=args.device)
+    common.average(failed)  # of all processes, which are then done
+    if common.rank() > 0:
+        return
+    if common.world_size() > 1:
+        known = read_known()
+    cells = {}
     for (row, objective), members in rows.items():
-        for name, seed in itertools.product([name for name in members if sets[name]], args.seeds):
-            attempt(measure, name, objective, seed)
-            done += 1
-            log.say(f"encoder {log.progress(done, total)}: {name}, seed {seed}")
         there = [name for name in members if name in ("none", "full") or (folder / f"{name}.pt").exists()]
         for d, f in itertools.product(args.downstream, args.fractions):
             values = [[accuracy(name, objective, seed, d, f) for seed in args.seeds] for name in members]
             cells[(row, objective), d, f] = torch.tensor(values) if there else None
 
     write_tables(args, cells, rows, paper)
-    if failures:
+    if failed > 0:
         raise SystemExit(2)
 
 

@@ -22,6 +22,7 @@
 #   IMAGE_SIZE=32       of an imagefolder
 #   TEACHER EXPERTS DISTILL KRR_ST EVALUATE    further options of a stage, for example TEACHER="--batch_size 64"
 #   STUDENT             those of all stages but the teacher, for example STUDENT="--width 64"
+#   PROCESSES=1         of each stage, by torchrun: one a GPU
 #   DATA_DIR=data  OUT=runs/PRESET (tables: runs)  PYTHON=python
 #   DRY_RUN=1           print the commands only
 # What is finished is not done again: after an interruption, give the same command once more.
@@ -60,6 +61,7 @@ for name in $DOWNSTREAM; do
   [[ $name =~ ^(digits|cifar10|cifar100|tinyimagenet|aircraft|cub2011|dogs|flowers|imagefolder(:.+)?)$ ]] ||
     usage "DOWNSTREAM: '$name' is unknown: choose the data sets that python evaluate.py --help names"
 done
+[[ ${PROCESSES:-1} =~ ^[1-9][0-9]{0,3}$ ]] || usage "PROCESSES=$PROCESSES is not understood: give a whole number"
 [[ $SSL =~ ^(barlow_twins|simclr)?$ ]] || usage "SSL=$SSL is not understood: choose barlow_twins or simclr"
 if [ "$FRACTION" ]; then
   number=$(awk -v x="$FRACTION" 'BEGIN { if (x ~ /^[0-9]*[.]?[0-9]+$/ && x > 0 && x <= 1) printf "%g", x }')
@@ -97,8 +99,10 @@ esac
 preset_given=$preset presets=${preset:-$presets}
 
 run() {
+  local launch=("${PYTHON:-python}")
+  [ "${PROCESSES:-1}" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES")
   echo "+ python$(printf ' %q' "$@")"
-  [ "$DRY_RUN" ] || "${PYTHON:-python}" "$@"
+  [ "$DRY_RUN" ] || "${launch[@]}" "$@"
 }
 
 failed=0
@@ -265,6 +269,7 @@ pipeline() {
 
 marker=$(mktemp) parts=$(mktemp) made_any=
 trap 'rm -f "$marker" "$parts"' EXIT
+trap 'exit 130' INT # torchrun does not die of it as bash expects
 for preset in $presets; do
   pipeline "$preset" || printf '## %s\n\nnot run\n\n' "$preset" >> "$parts"
 done

@@ -10,6 +10,7 @@ Writes: OUT/experts/0000.pt ...   one file an expert,
 
     python train_experts.py                                          # K = 100, the paper's CIFAR-10 setting
     python train_experts.py --first_expert 50 --num_experts 50       # the second half, on another machine
+    torchrun --nproc_per_node 4 train_experts.py                     # on four GPUs, each its experts
 
 The paper trains for 20 epochs. Distillation reads the weights of epochs 0 to T+ - 1 + M only, and the lr is
 constant, so the default is to stop there, at 3 of 20: the same trajectories for a seventh of the work.
@@ -69,6 +70,8 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=natural, default=0, help="expert k is seeded by seed + k")
     parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    precision = dict(choices=["fp32", "tf32", "bf16"], default="fp32", help=common.PRECISION_HELP)
+    parser.add_argument("--precision", **precision)
     fused = "fuse the student's operations by torch.compile: faster, after a minute"
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=fused)
     args = parser.parse_args(argv)
@@ -82,15 +85,16 @@ def parse_args(argv=None):
     return args
 
 
-def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None):
+def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None, tick=None):
     """Train one student; returns its trajectory (E + 1, P), example losses (N,) and last loss, on the CPU.
 
-    net is on the device, images (N, C, H, W) uint8 and targets (N, D) too; loss_fn is make_objective's, stats
-    are the data set's mean and std; forward: net, compiled. SSL has no loss of a single example: 0.
+    net is on the device, images (N, C, H, W) uint8 and targets (N, D) there too or on the CPU; loss_fn is
+    make_objective's, stats are the data set's mean and std; forward: net, compiled; tick(share done, loss) is
+    called in every step. SSL has no loss of a single example: 0.
     """
     forward = forward or net
     order = torch.Generator().manual_seed(seed)
-    draws = torch.Generator(images.device).manual_seed(seed)
+    draws = torch.Generator(args.device).manual_seed(seed)
     ssl = args.objective in common.SSL
     if ssl:
         optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -98,19 +102,31 @@ def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None)
         optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     trajectory, example_loss = [common.flatten(net).cpu()], torch.zeros(len(images))
     for epoch in range(args.epochs):
-        for batch in torch.randperm(len(images), generator=order).to(images.device).split(args.batch_size):
-            if ssl and len(batch) < args.batch_size:
-                continue  # SSL's loss depends on how many there are
-            loss = loss_fn(forward, images[batch], targets[batch], draws)
+        batches = torch.randperm(len(images), generator=order).split(args.batch_size)
+        if ssl:  # its loss depends on how many there are in a batch
+            batches = [batch for batch in batches if len(batch) == args.batch_size]
+        for i, (x, z) in enumerate(common.fetch([images, targets], batches, args.device)):
+            loss = loss_fn(forward, x, z, draws)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if tick:
+                tick((epoch + (i + 1) / (len(batches) + 1)) / args.epochs, loss)
         trajectory.append(common.flatten(net).cpu())
         if epoch == 0 and not ssl:
-            outputs = common.encode(net, images, *stats)  # (N, D)
-            losses = common.LOSSES[args.objective](outputs, targets, reduction="none")
-            example_loss = losses.view(len(images), -1).mean(1).cpu()
+            example_loss = example_losses(net, images, targets, stats, args).cpu()
     return torch.stack(trajectory), example_loss, loss.item()
+
+
+@torch.no_grad()
+def example_losses(net, images, targets, stats, args):
+    """The loss of each image, (N,), in batches: the outputs (N, D) of all of them are never held."""
+    parts = (slice(i, i + 500) for i in range(0, len(images), 500))
+    losses = []
+    for x, z in common.fetch([images, targets], parts, args.device):
+        of_outputs = common.LOSSES[args.objective](net(common.normalise(x, *stats)), z, reduction="none")
+        losses.append(of_outputs.view(len(x), -1).mean(1))
+    return torch.cat(losses)
 
 
 def gradient_variance(net, loss_fn, images, targets, batch_size, seed, count=GRADIENTS):
@@ -121,11 +137,12 @@ def gradient_variance(net, loss_fn, images, targets, batch_size, seed, count=GRA
     the gradient cannot be told from noise.
     """
     order = torch.Generator().manual_seed(seed)
-    draws = torch.Generator(images.device).manual_seed(seed)
+    device = next(net.parameters()).device
+    draws = torch.Generator(device).manual_seed(seed)
+    batches = (torch.randperm(len(images), generator=order)[:batch_size] for _ in range(count))
     total, squares = 0.0, 0.0
-    for _ in range(count):
-        batch = torch.randperm(len(images), generator=order)[:batch_size].to(images.device)
-        loss = loss_fn(net, images[batch], targets[batch], draws)
+    for x, z in common.fetch([images, targets], batches, device):
+        loss = loss_fn(net, x, z, draws)
         g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
         total, squares = total + g, squares + g.square().sum().item()
     of_mean = (total / count).square().sum().item()
@@ -152,8 +169,7 @@ def trajectory_variance(trajectories):
 
 
 def main(args):
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    common.set_up(args)
     train, targets, made = common.load_targets(
         args.out_dir, args.dataset, args.data_dir, args.image_size, args.limit, args.objective
     )
@@ -164,8 +180,8 @@ def main(args):
         common.fail(f"--batch_size {args.batch_size}: {args.objective} contrasts images; choose 2 or more")
     args.depth = args.depth or common.default_depth(size)
     options = common.recipe(vars(args))
-    loss_fn = common.make_objective(args.objective, train)
-    images, targets = train.images.to(args.device), targets.to(args.device)
+    loss_fn = common.make_objective(args.objective, train, args.precision)
+    images, targets = common.place([train.images, targets], args.device)
     log = common.Log(args.out_dir, "train_experts", vars(args))
 
     def make_net():
@@ -177,13 +193,17 @@ def main(args):
     if args.compile:  # once, for all experts
         net = net.to(memory_format=torch.channels_last)
         forward = common.compiled(lambda x: net(x.contiguous(memory_format=torch.channels_last)))
-    paths = []
-    for i in range(args.num_experts):
-        k = args.first_expert + i
-        paths.append(args.out_dir / "experts" / f"{k:04d}.pt")
-        keys = {"trajectory": 2, "example_loss": 1}
-        if common.is_done(paths[-1], "train_experts", options, keys, made["targets_id"]):
-            continue
+    experts = range(args.first_expert, args.first_expert + args.num_experts)
+    paths = {k: args.out_dir / "experts" / f"{k:04d}.pt" for k in experts}
+    keys = {"trajectory": 2, "example_loss": 1}
+    missing = [
+        k for k in experts
+        if not common.is_done(paths[k], "train_experts", options, keys, made["targets_id"])
+    ]  # fmt: skip
+    common.wait_for_all()  # or one would find the first file of another
+    mine = missing[common.rank() :: common.world_size()]
+    progress = common.Progress("expert", len(mine), args.epochs * n, "images")
+    for i, k in enumerate(mine):
         seed, found = args.seed + k, {}
         torch.manual_seed(args.seed if args.same_init else seed)
         net.load_state_dict(make_net().state_dict())
@@ -192,30 +212,33 @@ def main(args):
             found["gradient_variance"] = [gradient_variance(*of_gradient)]  # at the start and at the end
         start = time.time()
         trajectory, example_loss, loss = train_expert(
-            net, loss_fn, images, targets, (train.mean, train.std), args, seed, forward
-        )
+            net, loss_fn, images, targets, (train.mean, train.std), args, seed, forward,
+            lambda share, loss, i=i: progress(i + share, loss=loss),
+        )  # fmt: skip
         speed = args.epochs * n / (time.time() - start)
         if not math.isfinite(loss) or not trajectory.isfinite().all():
             common.fail(f"the loss of expert {k} is {loss}: choose a smaller --lr than {args.lr}")
         if k == 0:
             found["gradient_variance"].append(gradient_variance(*of_gradient))
-        common.save(paths[-1], {
+        common.save(paths[k], {
             "trajectory": trajectory,
             "example_loss": example_loss,
             **made,
             "options": {**made["options"], "train_experts": options},
         })  # fmt: skip
         log.write(expert=k, loss=loss, images_per_second=round(speed), **found)
-        log.say(f"expert {log.progress(i + 1, args.num_experts)}: loss {loss:.4f}, {speed:.0f} images/s")
-    print(
-        f"{args.out_dir / 'experts'}: experts {args.first_expert} to "
-        f"{args.first_expert + args.num_experts - 1}, {args.epochs} epochs each"
-    )
+        progress(i + 1, loss=loss)
+    common.wait_for_all()
+    if common.rank() > 0:
+        return
+    print(f"{args.out_dir / 'experts'}: experts {experts[0]} to {experts[-1]}, {args.epochs} epochs each")
     if args.num_experts > 1:
-        experts = [common.load(path, {"trajectory": 2}, "train_experts.py", mmap=True) for path in paths]
-        trajectories = [expert["trajectory"] for expert in experts]
+        trajectories = [
+            common.load(path, {"trajectory": 2}, "train_experts.py", mmap=True)["trajectory"]
+            for path in paths.values()
+        ]
         shape = (args.epochs + 1, common.flatten(net).numel())
-        for path, trajectory in zip(paths, trajectories):
+        for path, trajectory in zip(paths.values(), trajectories):
             if trajectory.shape != shape or not trajectory.isfinite().all():
                 common.fail(f"{path}: is not a finite trajectory of this student; move it away and run again")
         variance, relative = trajectory_variance(trajectories)

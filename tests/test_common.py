@@ -1,5 +1,6 @@
 """Networks, losses, views, the probe and files, each against a plain reference."""
 
+import argparse
 import math
 
 import numpy as np
@@ -14,6 +15,38 @@ import common
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def test_progress_at_most_every_few_seconds(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(common.time, "time", lambda: now[0])
+    progress = common.Progress("epoch", 4, 1000, "images")
+    for done in range(1, 40):
+        now[0] += 1
+        progress(done / 10, loss=torch.tensor(0.5), set="x", pixels_moved=0.25)
+    now[0] += 1
+    progress(4, loss=0.125)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8  # every five of 40 seconds, the last at its end
+    assert lines[0] == "epoch 0.5/4: loss 0.5000, set x, pixels moved 0.2500, 100 images/s, 35 s left"
+    assert lines[-1] == "epoch 4/4: loss 0.1250, 100 images/s, 0 s left"
+
+
+def test_precision():
+    net, images = common.ConvNet(4, 8, 1, 8, 2), torch.rand(5, 1, 8, 8)
+    data = common.ImageSet(None, None, torch.zeros(1), torch.ones(1))
+    losses = [
+        common.make_objective("kd", data, precision)(net, images, torch.ones(5, 4))
+        for precision in ("fp32", "tf32", "bf16")
+    ]
+    assert all(loss.dtype == torch.float32 for loss in losses) and losses[0] == losses[1]
+    assert 0 < (losses[2] - losses[0]).abs() < 0.05 * losses[0]
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    for precision, allowed in (("tf32", True), ("fp32", False)):
+        common.set_up(argparse.Namespace(threads=None, precision=precision, device="cpu"))
+        found = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        assert found == (allowed, allowed)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
 
 
 # -- networks ------------------------------------------------------------------------------------------------
@@ -128,6 +161,14 @@ def test_every_image_has_its_own_draw():
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=generator())
     views = common.random_view(image.expand(16, -1, -1, -1), generator(1))
     assert len({tuple(v.flatten().tolist()) for v in views}) == 16
+
+
+def test_views_of_a_part_are_those_of_the_batch():
+    images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8, generator=generator())
+    options = {"blur": 0.5, "solarize": 0.5}
+    whole = common.random_view(images, generator(1), **options)
+    parts = [common.random_view(images[i : i + 3], generator(1), **options, of=(9, i)) for i in (0, 3, 6)]
+    torch.testing.assert_close(torch.cat(parts), whole)
 
 
 def test_view_without_any_change_is_the_image():

@@ -243,6 +243,47 @@ def test_image_folder(folder):
     torch.testing.assert_close(train.std, expected.std(0, correction=0).clamp(min=0.01), atol=2e-3, rtol=0)
 
 
+def test_images_mapped_from_a_file(folder, tmp_path, monkeypatch, capsys):
+    """What does not fit in memory is decoded once, is the same, and is decoded anew when a file changes."""
+    inside = common.load_images("imagefolder", "train", folder)
+    monkeypatch.setattr(common, "IN_MEMORY", 0)
+    name, opened, loader = f"imagefolder:{folder}", [], torchvision.datasets.folder.pil_loader
+    monkeypatch.setattr(
+        torchvision.datasets.folder, "pil_loader", lambda path: opened.append(path) or loader(path)
+    )
+    for times in (3, 3):  # the second time no image is opened
+        mapped = common.load_images(name, "train", tmp_path / "data")
+        assert all(torch.equal(a, b) for a, b in zip(mapped[:4], inside[:4])) and len(opened) == times
+    assert capsys.readouterr().out.count("decoding 3 images") == 1
+    (path,) = (tmp_path / "data/decoded").glob("*.uint8")
+    assert path.stat().st_size == inside.images.numel()
+    (broken,) = (folder / "train/a").iterdir()
+    broken.write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        common.load_images(name, "train", tmp_path / "data")
+    assert str(broken) in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "data/decoded").iterdir() if p.name != ".lock"] == [path.name]
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with common.one_at_a_time(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rows_are_fetched_in_order(ahead):
+    images, targets = torch.arange(12).view(6, 2), torch.arange(6)
+    batches = [torch.tensor([4, 1]), slice(0, 3), torch.tensor([], dtype=torch.int64), torch.tensor([5])]
+    fetch = common._fetch_ahead if ahead else common.fetch
+    found = list(fetch([images, targets], iter(batches), "cpu"))
+    assert len(found) == 4
+    for batch, (x, z) in zip(batches, found):
+        assert torch.equal(x, images[batch]) and torch.equal(z, targets[batch])
+    with pytest.raises(IndexError):  # an error of the thread is the reader's
+        list(fetch([images], [torch.tensor([9])], "cpu"))
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1"])
 def test_modes_of_images(folder, mode):
     Image.new("RGB", (9, 9), (200, 200, 200)).convert(mode).save(
