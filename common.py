@@ -340,7 +340,7 @@ def fetch(tensors, batches, device):
 
 
 def _fetch_ahead(tensors, batches, device):
-    """A thread gathers and pins the rows; they are copied on a stream of their own while the device computes."""
+    """A thread gathers and pins the rows; a stream of their own copies them while the device computes."""
     cuda = torch.device(device).type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None
 
@@ -1059,7 +1059,8 @@ def recipe(options):
 
     Of "imagefolder:DIR" the folder is left out: images are known by their images_id, wherever they are.
     """
-    free = ("data_dir", "out_dir", "name", "device", "threads", "compile", "num_experts", "first_expert")
+    free = ["data_dir", "out_dir", "name", "device", "threads", "compile", "micro_batch"]
+    free += ["num_experts", "first_expert"]
     made = {name: value for name, value in options.items() if name not in free}
     return {**made, "dataset": made["dataset"].partition(":")[0]}
 

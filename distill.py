@@ -83,6 +83,8 @@ def parse_args(argv=None):
     match.add_argument("--expert_epochs", type=positive, default=2, help="M, epochs of the expert to match")
     match.add_argument("--max_start_epoch", type=positive, default=2, help="T+ > t (5 %% of cifar: 5)")
     match.add_argument("--batch_syn", type=positive, default=256, help="synthetic images a step")
+    parts = "go through these in parts of so many: less memory, the same gradient (default: all at once)"
+    match.add_argument("--micro_batch", type=positive, help=parts)
     match.add_argument("--inner_momentum", type=number, default=0.0, help="of the N steps (the paper: none)")
     match.add_argument("--lr_lr", type=number, default=1e-4, help="lr of alpha_syn")
     match.add_argument("--lr_targets", type=number, default=0.0, help="lr of Z_syn (authors' code: 1)")
@@ -96,7 +98,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
     parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
-    precision = "tf32: products on a GPU are rounded to 10 bits; in bf16 the gradient would be 7 %% off"
+    precision = "tf32: products on a GPU are rounded to 10 bits; in bf16 the gradient would be 8 %% off"
     parser.add_argument("--precision", choices=["fp32", "tf32"], default="fp32", help=precision)
     fused = "fuse a student's step by torch.compile (not with SSL): faster, after a minute or two"
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=fused)
@@ -167,14 +169,17 @@ class _StudentSteps(torch.autograd.Function):
     """N SGD steps forward; backward, the adjoint of one step after another, from its theta_n alone."""
 
     @staticmethod
-    def forward(ctx, theta, images, targets, lr, gradient, reverse, batches, momentum):
+    def forward(ctx, theta, images, targets, lr, gradient, reverse, batches, momentum, micro_batch):
         images, targets, thetas, velocity = images.detach(), targets.detach(), [], torch.zeros_like(theta)
         for n, batch in enumerate(batches):
             thetas.append(theta.detach())
-            velocity = momentum * velocity + gradient(thetas[n], images[batch], targets[batch], n)
+            velocity = momentum * velocity
+            for part in batch.split(micro_batch):  # the gradient is the mean of those of parts of the batch
+                share = len(part) / len(batch)
+                velocity = velocity + share * gradient(thetas[n], images[part], targets[part], n)
             theta = theta - lr * velocity
         ctx.save_for_backward(images, targets, lr, *thetas)
-        ctx.reverse, ctx.batches, ctx.momentum = reverse, batches, momentum
+        ctx.reverse, ctx.batches, ctx.momentum, ctx.micro_batch = reverse, batches, momentum, micro_batch
         return theta if batches else theta.clone()  # autograd wants no input returned as it is
 
     @staticmethod
@@ -186,15 +191,19 @@ class _StudentSteps(torch.autograd.Function):
         for n in reversed(range(len(thetas))):
             batch = ctx.batches[n]
             r = lam + ctx.momentum * r  # dL/dg_n = - lr r: g_n goes into every later velocity
-            s, ds_dtheta, ds_dx, ds_dz = ctx.reverse(thetas[n], images[batch], targets[batch], n, r)
-            d_images.index_add_(0, batch, -lr * ds_dx)
-            d_targets.index_add_(0, batch, -lr * ds_dz)
-            d_lr -= s
-            lam = lam - lr * ds_dtheta
-        return lam, d_images, d_targets, d_lr, None, None, None, None
+            for part in batch.split(ctx.micro_batch):
+                share = len(part) / len(batch)
+                s, ds_dtheta, ds_dx, ds_dz = ctx.reverse(thetas[n], images[part], targets[part], n, r)
+                d_images.index_add_(0, part, -lr * share * ds_dx)
+                d_targets.index_add_(0, part, -lr * share * ds_dz)
+                d_lr -= share * s
+                lam = lam - lr * share * ds_dtheta
+        return lam, d_images, d_targets, d_lr, None, None, None, None, None
 
 
-def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0, functions=None):
+def student_steps(
+    loss_fn, theta, images, targets, lr, batches, momentum=0.0, functions=None, micro_batch=None
+):
     """Train a student on the synthetic set (eq. 8): theta_{n+1} = theta_n - lr v_{n+1}.
 
     v_{n+1} = momentum v_n + g_n with v_0 = 0, and g_n is the gradient in theta_n of
@@ -214,13 +223,16 @@ def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0, fu
         theta: (P,); images: (S, C, H, W); targets: (S, D); lr: a scalar.
         batches: N index tensors into images and targets.
         functions: step_functions of the loss_fn, if they are compiled.
+        micro_batch: go through a batch in parts of so many images, which bounds the memory of a step; for a
+            loss_fn that is a mean over the images.
 
     Returns theta_N (P,).
     """
     lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device)
     batches = [batch.to(images.device) for batch in batches]
     gradient, reverse = functions or step_functions(loss_fn)
-    return _StudentSteps.apply(theta, images, targets, lr, gradient, reverse, batches, momentum)
+    micro_batch = micro_batch or len(images)
+    return _StudentSteps.apply(theta, images, targets, lr, gradient, reverse, batches, momentum, micro_batch)
 
 
 def matching_loss(theta, start, target):
@@ -276,7 +288,9 @@ def trajectory_losses(args, net, loss_fn, images, targets, lr, paths, trajectori
             draws.manual_seed(seed + n)  # on the way back, step n sees its views again
             return loss_fn(lambda x: common.forward_flat(net, theta, x), x, z, draws)
 
-        theta = student_steps(step_loss, start, images, targets, lr, batches, args.inner_momentum, functions)
+        theta = student_steps(
+            step_loss, start, images, targets, lr, batches, args.inner_momentum, functions, args.micro_batch
+        )
         yield matching_loss(theta, start, goal), {"expert": k, "start_epoch": t}
 
 
@@ -450,6 +464,8 @@ def students_objective(args, folder):
         common.fail(
             f"--init {args.init}: the experts in {folder} are {objective}; choose {' or '.join(inits)}"
         )
+    if objective in common.SSL and args.micro_batch:
+        common.fail(f"--micro_batch {args.micro_batch}: {objective} contrasts all of a batch; leave it out")
     if objective in common.SSL and args.batch_syn < 2:
         common.fail(f"--batch_syn {args.batch_syn}: {objective} contrasts images; choose 2 or more")
     return objective, out_dim
@@ -573,7 +589,7 @@ def main(args):
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last_factor, max(1, args.iters))
     log = common.Log(args.out_dir, f"distill_{args.name}", vars(args))
     learnt = [leaf for group in optimizer.param_groups for leaf in group["params"]]
-    progress = common.Progress("iteration", args.iters, 1, "iterations")
+    progress = common.Progress(f"{args.name}: iteration", args.iters, 1, "iterations")
 
     began = time.time()
     own = args.segments // common.world_size() if matching else 1

@@ -100,7 +100,10 @@ preset_given=$preset presets=${preset:-$presets}
 
 run() {
   local launch=("${PYTHON:-python}")
-  [ "${PROCESSES:-1}" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES")
+  if [ "${PROCESSES:-1}" != 1 ]; then
+    launch+=(-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES")
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun has it, without a word
+  fi
   echo "+ python$(printf ' %q' "$@")"
   [ "$DRY_RUN" ] || "${launch[@]}" "$@"
 }

@@ -3,17 +3,23 @@
     python tests/benchmark.py                  # on the CPU
     python tests/benchmark.py --device cuda
     python tests/benchmark.py --only iteration experts
+    python tests/benchmark.py --scale          # instead: how time and memory grow with sizes, a table
+    python tests/benchmark.py --work           # or: the arithmetic of whole runs at the paper's sizes
 
 Each measurement has two processes, which are warmed up and then run in turn, so that both see the same load
 of the machine; shown are medians, and the median of the ratios. The baselines are written here, after the
 paper and MTT's way: eager PyTorch in float32, a DataLoader, autograd through the unrolled inner loop. The
-network is the paper's ConvNet of depth 3 and width 128 at 32 px, D = 512. Prints a line a task, and writes
-results/benchmark.json.
+network is the paper's ConvNet of depth 3 and width 128 at 32 px, D = 512. Prints a line a task, and puts them
+into results/benchmark.json, in place of earlier ones of the task on the device.
 """
 
 import argparse
+import contextlib
+import functools
 import json
+import math
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,14 +31,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
+from torchvision.transforms import functional as TF
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 import distill  # noqa: E402
+import evaluate  # noqa: E402
 import train_experts  # noqa: E402
+import train_teacher  # noqa: E402
 
 STATS = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([0.25, 0.25, 0.25])
 
@@ -45,33 +55,47 @@ def unrolled_steps(loss_fn, theta, images, targets, lr, batches):
     return theta
 
 
-def iteration(side, device):
+def iteration(side, device, micro_batch=None, precision="fp32"):
     """One distillation iteration: N inner steps, the matching loss, its gradient in pixels and lr."""
     steps, batch = (40, 256) if device.startswith("cuda") else (10, 128)
-    net = common.ConvNet(512).to(device)
+    to = dict(device=device, dtype=torch.float64 if side == "exact" else torch.float32)
+    net = common.ConvNet(512)
     theta = common.flatten(net)
-    goal = theta + 0.01 * torch.randn_like(theta)
-    images = torch.randn(1000, 3, 32, 32).to(device).requires_grad_()
-    targets, lr = torch.randn(1000, 512).to(device), torch.tensor(0.1, device=device, requires_grad=True)
+    goal = (theta + 0.01 * torch.randn_like(theta)).to(**to)
+    net, theta = net.to(**to), theta.to(**to)
+    images, targets = torch.randn(1000, 3, 32, 32).to(**to).requires_grad_(), torch.randn(1000, 512).to(**to)
+    lr = torch.tensor(0.1, requires_grad=True, **to)
     batches = distill.draw_batches(896, batch, steps, torch.Generator().manual_seed(0))  # whole ones alone
     batches = [b.to(device) for b in batches]
 
     memory_format = torch.channels_last if side == "ours" else torch.contiguous_format
 
+    objective = common.make_objective("kd", common.ImageSet(None, None, *STATS), precision)
+
     def loss_fn(theta, x, z, n):
-        return F.mse_loss(common.forward_flat(net, theta, x, memory_format), z)
+        return objective(lambda x: common.forward_flat(net, theta, x, memory_format), x, z)
 
     functions = distill.step_functions(loss_fn, compile=True) if side == "ours" else None
 
     def run():
-        if side == "ours":
-            end = distill.student_steps(loss_fn, theta, images, targets, lr, batches, 0.0, functions)
+        if side in ("ours", "exact"):
+            words = (loss_fn, theta, images, targets, lr, batches, 0.0, functions, micro_batch)
+            end = distill.student_steps(*words)
         else:
             end = unrolled_steps(loss_fn, theta.clone().requires_grad_(), images, targets, lr, batches)
-        gradient = torch.autograd.grad(distill.matching_loss(end, theta, goal), (images, lr))
-        return torch.cat([g.flatten() for g in gradient])
+        return torch.autograd.grad(distill.matching_loss(end, theta, goal), (images, lr))
 
     return run
+
+
+def iteration_in_parts(side, device):
+    """The same with --micro_batch 64."""
+    return iteration(side, device, micro_batch=64)
+
+
+def iteration_in_bf16(side, device):
+    """The baseline's iteration on both sides, ours in bfloat16 by autocast."""
+    return iteration("baseline", device, precision="bf16" if side == "ours" else "fp32")
 
 
 def keep_memory(side, device):
@@ -122,6 +146,44 @@ def views(side, device):
     return lambda: torch.stack([torch.stack([view(image) for image in images]) for _ in range(2)]).to(device)
 
 
+def teacher(side, device, precision="fp32", whole=None):
+    """Two steps of Barlow Twins on ResNet-18; the baseline: forward and backward only, on ready views."""
+    batch = 256 if device.startswith("cuda") else 64
+    words = ["--device", device, "--batch_size", str(batch), "--epochs", "1", "--precision", precision]
+    args = train_teacher.parse_args(words)
+    images = torch.randint(0, 256, (2 * batch, 3, 32, 32), dtype=torch.uint8).to(device)
+    encoder = common.ResNet().to(device, memory_format=torch.channels_last)
+    if side == "ours" if whole is None else whole:
+
+        def run():
+            train_teacher.train(encoder, images, STATS, {}, args, Silent())
+            return []
+
+        return run
+    projector = train_teacher.make_projector(args.ssl, 512, args.projection_dim)
+    net = torch.nn.Sequential(encoder, projector).to(device).train()
+
+    def step():
+        for x in images.split(batch):
+            z1, z2 = (net(common.normalise(x, *STATS)) for _ in range(2))
+            common.barlow_twins_loss(z1, z2, args.bt_lambda).backward()
+        return []
+
+    return step
+
+
+def teacher_in_bf16(side, device):
+    """Two whole steps of the teacher on both sides, ours with --precision bf16."""
+    return teacher(side, device, "bf16" if side == "ours" else "fp32", whole=True)
+
+
+class Silent:
+    """In place of a stage's log."""
+
+    def write(self, **record):
+        pass
+
+
 def probe(side, device, n=2500):
     """The linear probe of n features of 2,048 dimensions, 100 classes; the same optimum."""
     generator = np.random.default_rng(0)
@@ -130,12 +192,12 @@ def probe(side, device, n=2500):
     features = np.maximum(centres[labels] * 0.3 + generator.normal(size=(n, 2048)), 0).astype(np.float32)
     if side == "ours":
         x, y = torch.from_numpy(features).to(device), torch.from_numpy(labels).to(device)
-        return lambda: common.linear_probe(x, y, 100)[0].flatten()
+        return lambda: common.linear_probe(x, y, 100)[:1]
     from sklearn.linear_model import LogisticRegression
 
     def run():
         model = LogisticRegression(C=1 / (2 * 1e-3 * n), tol=1e-6, max_iter=10_000).fit(features, labels)
-        return torch.from_numpy(model.coef_).flatten()
+        return [torch.from_numpy(model.coef_)]
 
     return run
 
@@ -147,47 +209,280 @@ def large_probe(side, device):
 
 TASKS = {  # name -> (function, whether both sides compute the same numbers)
     "iteration": (iteration, True),
+    "iteration_in_parts": (iteration_in_parts, True),
+    "iteration_in_bf16": (iteration_in_bf16, True),
     "keep_memory": (keep_memory, True),
     "experts": (experts, False),
+    "teacher": (teacher, False),
+    "teacher_in_bf16": (teacher_in_bf16, False),
     "views": (views, False),
     "probe": (probe, True),
     "large_probe": (large_probe, True),
 }
+EXACT = ("iteration", "iteration_in_parts")  # compared with float64, too
+OURS = ("iteration_in_bf16", "teacher", "teacher_in_bf16")  # ours on both sides, but for one thing
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How time and memory grow (--scale): small networks, the shapes of the curves
+# ------------------------------------------------------------------------------------------------------------
+
+
+def random_images(n, px):
+    return torch.randint(0, 256, (n, 3, px, px), dtype=torch.uint8)
+
+
+def scale_load(device, N=20_000, mapped=False):
+    """Reading an image folder of N images of 64 px."""
+    folder = Path(tempfile.mkdtemp())
+    for split, count in (("train", N), ("test", 1)):
+        (folder / split / "a").mkdir(parents=True)
+        for i in range(count):
+            path = folder / split / "a" / f"{i}.jpg"
+            if i < 100:
+                TF.to_pil_image(random_images(1, 64)[0]).save(path)
+            else:
+                path.hardlink_to(folder / split / "a" / f"{i % 100}.jpg")
+    if mapped:
+        common.IN_MEMORY = 0
+    name = f"imagefolder:{folder}"
+    return lambda: common.load_images(name, "train", folder, 64), lambda: shutil.rmtree(folder)
+
+
+def scale_teacher(device, N=500, px=32):
+    """An epoch of the teacher (width 16, batch 100)."""
+    words = ["--width", "16", "--batch_size", "100", "--epochs", "1", "--device", device]
+    args, images = train_teacher.parse_args(words), random_images(N, px).to(device)
+    encoder = common.ResNet(width=16).to(device, memory_format=torch.channels_last)
+    return lambda: train_teacher.train(encoder, images, STATS, {}, args, Silent())
+
+
+def scale_experts(device, N=1000, px=32, K=1):
+    """An epoch of K experts (width 32, batch 256)."""
+    args = train_experts.parse_args(["--epochs", "1", "--device", device])
+    images, targets = random_images(N, px).to(device), torch.randn(N, 128).to(device)
+    loss_fn = common.make_objective("kd", common.ImageSet(images, None, *STATS))
+
+    def run():
+        for seed in range(K):
+            net = common.ConvNet(128, px, 3, 32, common.default_depth(px)).to(device)
+            train_experts.train_expert(net, loss_fn, images, targets, STATS, args, seed)
+
+    return run
+
+
+def scale_distill(device, S=500, steps=10, px=32, batch=64):
+    """An iteration of distillation (width 32)."""
+    net = common.ConvNet(128, px, 3, 32, common.default_depth(px)).to(device)
+    theta = common.flatten(net)
+    goal = theta + 0.01 * torch.randn_like(theta)
+    images, targets = (
+        torch.randn(S, 3, px, px, device=device).requires_grad_(),
+        torch.randn(S, 128).to(device),
+    )
+    batches = distill.draw_batches(S, batch, steps, torch.Generator().manual_seed(0))
+
+    def run():
+        end = distill.student_steps(
+            lambda theta, x, z, n: common.mse_loss(common.forward_flat(net, theta, x), z),
+            theta, images, targets, torch.tensor(0.1, device=device), batches,
+        )  # fmt: skip
+        torch.autograd.grad(distill.matching_loss(end, theta, goal), images)
+
+    return run
+
+
+def scale_read_experts(device, K=20, N=10_000):
+    """Opening K experts for N images (P = 164,000) and choosing the high-loss start."""
+    folder, net = Path(tempfile.mkdtemp()), common.ConvNet(128, 32, 3, 32)
+    for k in range(K):
+        trajectory, losses = common.flatten(net).repeat(4, 1), torch.rand(N)
+        common.save(folder / f"{k:04d}.pt", {"trajectory": trajectory, "example_loss": losses})
+
+    def run():
+        made = {"options": {}, "targets_id": "0"}
+        _, _, losses, _ = distill.load_experts(folder, N, common.flatten(net).numel(), made)
+        distill.high_loss_indices(losses, 100)
+
+    return run, lambda: shutil.rmtree(folder)
+
+
+def scale_evaluate(device, S=500, labelled=500):
+    """Pre-training for 20 epochs on a set, and one probe (width 32, 10 classes)."""
+    args = evaluate.parse_args(["--device", device])
+    images, targets = torch.randn(S, 3, 32, 32).to(device), torch.randn(S, 128).to(device)
+    data = common.ImageSet(random_images(labelled, 32).to(device), torch.arange(labelled) % 10, *STATS)
+    data = data._replace(labels=data.labels.to(device))
+
+    def run():
+        net = common.ConvNet(128, 32, 3, 32).to(device)
+        evaluate.pretrain(net, "kd", images, targets, data, 0.1, args, 0)
+        evaluate.probe(net, data, data, [1.0], args, 0)
+
+    return run
+
+
+SCALES = {  # name -> (function, {quantity: its values})
+    "reading": (scale_load, {"N": [10_000, 30_000, 100_000]}),
+    "reading, mapped": (functools.partial(scale_load, mapped=True), {"N": [10_000, 30_000, 100_000]}),
+    "teacher": (scale_teacher, {"N": [500, 1000, 2000], "px": [16, 32, 64]}),
+    "experts": (scale_experts, {"N": [1000, 2000, 4000], "px": [16, 32, 64], "K": [1, 2, 4]}),
+    "opening experts": (scale_read_experts, {"K": [20, 60, 180], "N": [10_000, 100_000, 1_000_000]}),
+    "distillation": (
+        scale_distill,
+        {
+            "S": [500, 1000, 2000],
+            "steps": [10, 20, 40],
+            "batch": [64, 128, 256],
+            "px": [16, 32, 64],
+        },
+    ),
+    "evaluation": (scale_evaluate, {"S": [500, 1000, 2000], "labelled": [500, 2000, 8000]}),
+}
+
+
+def scale_worker(name, quantity, value, device, threads):
+    """Prints the median seconds of three runs, and the peak of memory beyond what was there before."""
+    common.keep_memory()
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    run = SCALES[name][0](device, **{quantity: value})
+    run, clean = run if isinstance(run, tuple) else (run, lambda: None)
+    before, seconds = memory(device), []
+    try:
+        for _ in range(3):
+            start = time.perf_counter()
+            with contextlib.redirect_stdout(None):
+                kept = run()  # noqa: F841  what is read is held
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            if name == "reading":
+                break  # a second result beside the first would count twice
+    finally:
+        clean()
+    print(json.dumps({"seconds": statistics.median(seconds), "bytes": memory(device) - before}))
+
+
+def scale(args):
+    """Measures SCALES, each point in a process of its own; prints a table, returns its records."""
+    records = []
+    print("| stage | | values | seconds | MiB beyond the data | grows as: time | memory |")
+    print("|---|---|---|---|---|---|---|")
+    for name, (_, quantities) in SCALES.items():
+        for quantity, values in quantities.items():
+            points = []
+            for value in values:
+                words = ["--device", args.device, "--threads", str(args.threads or 0)]
+                command = [sys.executable, __file__, *words, "--scale_worker", name, quantity, str(value)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                points.append(json.loads(done.stdout.splitlines()[-1]))
+            records.append({"stage": name, "quantity": quantity, "values": values, "points": points})
+            ratio = math.log(values[-1] / values[0])
+            seconds, mib = ([point[key] for point in points] for key in ("seconds", "bytes"))
+            powers = [math.log(max(part[-1], 1e-9) / max(part[0], 1e-9)) / ratio for part in (seconds, mib)]
+            columns = [
+                name, quantity, ", ".join(f"{v:,}" for v in values),
+                ", ".join(f"{s:.3g}" for s in seconds), ", ".join(f"{b / 2**20:.0f}" for b in mib),
+                *(f"{quantity}^{power:.1f}" for power in powers),
+            ]  # fmt: skip
+            print(f"| {' | '.join(columns)} |", flush=True)
+    return records
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The arithmetic of whole runs (--work), counted without computing it
+# ------------------------------------------------------------------------------------------------------------
+
+RUNS = {  # of the paper's settings, sets of 2 %; the teacher of the last is ours to choose
+    "CIFAR-10": dict(N=50_000, px=32, epochs=1000, steps=40),
+    "Tiny-ImageNet": dict(N=100_000, px=64, epochs=1000, steps=10),
+    "1.28 M images of 64 px": dict(N=1_280_000, px=64, epochs=100, steps=10),
+}
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def work():
+    """Prints, for each of RUNS, the operations of each stage in units of 10^15."""
+    print("| run | teacher | 100 experts | 5,000 iterations | a full-data encoder |")
+    print("|---|---|---|---|---|")
+    records = []
+    for name, run in RUNS.items():
+        N, px, B = run["N"], run["px"], 256
+        with torch.device("meta"):
+            resnet, net = common.ResNet(), common.ConvNet(512, px, depth=common.default_depth(px))
+            x, z, theta = torch.randn(B, 3, px, px), torch.randn(B, 512), common.flatten(net)
+        two_views = flops(lambda: sum(resnet(x).sum() for _ in range(2)).backward())  # noqa: B023
+        step = flops(lambda: common.mse_loss(net(x), z).backward())  # noqa: B023
+        theta, x = theta.requires_grad_(), x.requires_grad_()
+
+        def inner(steps=run["steps"], net=net, theta=theta, x=x, z=z):
+            """A step forward, and one back, which begins with the gradient again."""
+            for back in (False, True):
+                loss = common.mse_loss(common.forward_flat(net, theta, x), z)
+                (g,) = torch.autograd.grad(loss, theta, create_graph=back)
+            g.square().sum().backward()
+
+        counts = {
+            "teacher": run["epochs"] * (N // B) * two_views,
+            "experts": 100 * 3 * N / B * step,
+            "iterations": 5000 * run["steps"] * flops(inner),
+            "full": 20 * N / B * step,
+        }
+        records.append({"run": name, **counts})
+        print(f"| {name} | {' | '.join(f'{c / 1e15:,.3g}' for c in counts.values())} |", flush=True)
+    return records
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def memory(device):
+    """The peak of memory so far, in bytes."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def worker(task, side, device, threads, path):
     """Runs a task once a line on stdin; prints seconds, and at the end the peak of memory beyond the data."""
-    if side == "ours":
+    if side == "ours" or task in OURS:
         common.keep_memory()
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     run = TASKS[task][0](side, device)
 
-    def memory():
-        if device.startswith("cuda"):
-            return torch.cuda.max_memory_allocated()
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    before = memory()
+    before = memory(device)
     for line in sys.stdin:
         start = time.perf_counter()
-        result = run()
+        with contextlib.redirect_stdout(None):
+            result = run()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         if line.strip() == "save":
-            torch.save(result.detach().cpu(), path)
-        print(json.dumps({"seconds": seconds, "bytes": memory() - before}), flush=True)
+            torch.save([part.detach().cpu() for part in result], path)
+        print(json.dumps({"seconds": seconds, "bytes": memory(device) - before}), flush=True)
 
 
 def compare(task, args, folder):
     """Both sides of a task in turn: a record of its medians."""
     sides, found = {}, {"baseline": [], "ours": []}
-    for side in found:
+
+    def start(side):
         words = ["--device", args.device, "--threads", str(args.threads or 0), "--worker", task, side]
         command = [sys.executable, __file__, *words, str(folder / side)]
-        sides[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    for side in found:
+        sides[side] = start(side)
     for i in range(args.repeats + 1):  # the first warms up, and compiles
         for side, process in sides.items():
             process.stdin.write("save\n" if i == 0 else "\n")
@@ -199,6 +494,8 @@ def compare(task, args, folder):
     for process in sides.values():
         process.stdin.close()
         process.wait()
+    if task in EXACT:
+        start("exact").communicate("save\n")
     seconds = {side: [record["seconds"] for record in records[1:]] for side, records in found.items()}
     record = {
         "task": task,
@@ -212,8 +509,15 @@ def compare(task, args, folder):
         "repeats": args.repeats,
     }
     if TASKS[task][1]:
-        a, b = torch.load(folder / "baseline"), torch.load(folder / "ours")
-        record["difference"] = ((a - b).norm() / a.norm()).item()
+        found = {side: torch.load(folder / side) for side in ("baseline", "ours")}
+
+        def difference(a, b):
+            return max(((x - y).norm() / x.norm()).item() for x, y in zip(a, b))
+
+        record["difference"] = difference(found["baseline"], found["ours"])
+        if task in EXACT:  # beside the same in float64: what of the difference is float32's own
+            exact = torch.load(folder / "exact")
+            record["errors"] = {side: difference(exact, parts) for side, parts in found.items()}
     return record
 
 
@@ -223,8 +527,20 @@ def parse_args(argv=None):
     parser.add_argument("--threads", type=common.natural, help="CPU threads (default: torch's choice)")
     parser.add_argument("--repeats", type=common.positive, default=5, help="of each side")
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), help="tasks")
+    parser.add_argument("--scale", action="store_true", help="how time and memory grow, instead")
+    parser.add_argument("--work", action="store_true", help="the arithmetic of whole runs, instead")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--scale_worker", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def keep(key, records, same):
+    """Puts records under a key of results/benchmark.json, in place of those that are the same() as these."""
+    path = ROOT / "results/benchmark.json"
+    contents = json.loads(path.read_text()) if path.exists() else {}
+    old = [r for r in contents.get(key, []) if not any(same(r, new) for new in records)]
+    contents[key] = old + records
+    path.write_text(json.dumps(contents, indent=1) + "\n")
 
 
 def main():
@@ -232,28 +548,30 @@ def main():
     if args.worker:
         task, side, path = args.worker
         return worker(task, side, args.device, args.threads, path)
-    records = []
+    if args.scale_worker:
+        name, quantity, value = args.scale_worker
+        return scale_worker(name, quantity, int(value), args.device, args.threads)
+    where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu"
+    made = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": where}
+    made["threads"] = args.threads or torch.get_num_threads()
+    if args.work:
+        return keep("work", work(), lambda a, b: a["run"] == b["run"])
+    if args.scale:
+        records = [{**record, **made} for record in scale(args)]
+        names = ("stage", "quantity", "device")
+        return keep("scale", records, lambda a, b: all(a[name] == b[name] for name in names))
     with tempfile.TemporaryDirectory() as folder:
         for task in args.only:
             record = compare(task, args, Path(folder))
-            records.append(record)
+            keep("tasks", [{**record, **made}], lambda a, b: all(a[n] == b[n] for n in ("task", "device")))
             theirs, ours = (record[f"{side}_bytes"] / 2**20 for side in ("baseline", "our"))
             print(
                 f"{task}: {record['times_as_fast']:.2f} times as fast ({record['baseline_seconds']:.3f} s, "
                 f"ours {record['our_seconds']:.3f} s), memory {theirs:.0f} MiB, ours {ours:.0f} MiB, "
-                f"difference {record.get('difference', 'not compared')}",
+                f"difference {record.get('difference', 'not compared')}, "
+                f"from float64: {record.get('errors', 'not compared')}",
                 flush=True,
             )
-    where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu"
-    contents = {
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "device": where,
-        "threads": args.threads or torch.get_num_threads(),
-        "share_of_expert_epochs": train_experts.parse_args([]).epochs / 20,
-        "tasks": records,
-    }
-    (ROOT / "results/benchmark.json").write_text(json.dumps(contents, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 def parse(command):
     """The options of a line like "python distill.py --init random", or SystemExit."""
-    words = shlex.split(command, comments=True)
+    words = shlex.split(command.replace("torchrun --nproc_per_node 4", "python"), comments=True)
     name = words[1].removesuffix(".py").removeprefix("tests/")
     assert words[0] == "python" and name in [*STAGES, "benchmark"], command
     return __import__(name).parse_args(words[2:])
@@ -90,7 +90,7 @@ def test_help_and_wrong_options(name, capsys):
 @pytest.mark.parametrize("name", STAGES)
 def test_commands_of_the_docstrings_parse(name):
     lines = [line.strip() for line in __import__(name).__doc__.splitlines()]
-    commands = [line for line in lines if line.startswith("python ")]
+    commands = [line for line in lines if line.startswith(("python ", "torchrun "))]
     assert commands
     for command in commands:
         parse(command)
@@ -207,6 +207,7 @@ def test_run_all_refuses():
     calls += [([], {"FRACTION": f}) for f in ("abc", "5%", "0,05", "1/20", "-1")]
     calls += [([], {"SEEDS": "0,1"}), ([], {"DISTILL_SEEDS": "a"}), ([], {"SEEDS": "99999999999"})]
     calls += [([], {"DOWNSTREAM": "digits mnist"}), ([], {"FRACTION": "0.0"})]
+    calls += [([], {"PROCESSES": "two"}), ([], {"PROCESSES": "0"})]
     calls += [([], {"OUT": __file__}), ([], {"PYTHON": "/no/python"}), ([], {"SSL": "byol"})]
     calls += [([], {"SETS": s}) for s in ("mkdt", "gan_random", "mkdt_random:gan", "none:kd", "subset_easy")]
     for words, variables in calls:

@@ -30,8 +30,8 @@ def plain_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0):
     return theta
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_student_steps_is_exact(momentum):
+@pytest.mark.parametrize("momentum, micro_batch", [(0.0, None), (0.9, None), (0.9, 3)])
+def test_student_steps_is_exact(momentum, micro_batch):
     loss_fn, theta, images, targets = problem()
     lr = torch.tensor(0.3, dtype=torch.float64)
     # 7 steps; images come back in later batches, one comes twice in a batch, the last batch is small
@@ -41,7 +41,7 @@ def test_student_steps_is_exact(momentum):
     ]
     goal = theta + 0.1 * torch.randn_like(theta)
     results = []
-    for steps in (plain_steps, distill.student_steps):
+    for steps in (plain_steps, functools.partial(distill.student_steps, micro_batch=micro_batch)):
         leaves = [t.clone().requires_grad_() for t in (theta, images, targets, lr)]
         end = steps(loss_fn, *leaves, batches, momentum)
         loss = distill.matching_loss(end, theta, goal)
@@ -118,6 +118,7 @@ def test_memory_does_not_grow_with_the_steps():
 
     few, many = peak(distill.student_steps, 5), peak(distill.student_steps, 40)
     assert many < 1.15 * few
+    assert peak(functools.partial(distill.student_steps, micro_batch=8), 5) < 0.5 * few
     assert peak(plain_steps, 40) > 4 * many  # what it is all for, and that the measure measures
 
 
