@@ -17,11 +17,13 @@ import datetime
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import shlex
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -113,9 +115,7 @@ TORCHVISION_ARCHIVES = {
 }
 
 
-IN_MEMORY = (
-    2**31
-)  # bytes; an image folder of more is decoded once, into a file that is then mapped into memory
+IN_MEMORY = 2**31  # bytes; files of more images are decoded once, into a file that is mapped into memory
 
 
 class ImageSet(NamedTuple):
@@ -289,7 +289,7 @@ def _mapped_images(samples, keep, shape, folder, parts):
         digest.update(f"{os.path.abspath(samples.paths[i])} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     path = folder / f"{digest.hexdigest()[:16]}.uint8"
     with one_at_a_time(folder):
-        if not path.exists():
+        if not path.exists() or path.stat().st_size != math.prod(shape):
             print(f"decoding {len(keep)} images of {shape[-1]} px into {path}", flush=True)
             temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
             try:
@@ -594,13 +594,13 @@ def forward_flat(net, theta, x, memory_format=torch.contiguous_format):
 
 
 @torch.no_grad()
-def encode(function, images, mean, std, device=None, batch_size=500):
+def encode(function, images, mean, std, device=None, rows=None, batch_size=500):
     """function(normalised images) over images (N, C, H, W) uint8, in batches; (N, ...) on the device.
 
-    device: that of the function's network, if the images are on another.
+    device: that of the function's network, if the images are on another; rows: of these images only, (n,).
     """
     parts = (slice(i, i + batch_size) for i in range(0, len(images), batch_size))
-    batches = fetch([images], parts, device or images.device)
+    batches = fetch([images], parts if rows is None else rows.split(batch_size), device or images.device)
     return torch.cat([function(normalise(batch, mean, std)) for (batch,) in batches])
 
 
@@ -904,6 +904,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     def forward(self, x):
         if x.is_cuda or not self.training or world_size() == 1:
             return super().forward(x)
+        dtype, x = x.dtype, x.float() if x.dtype == torch.bfloat16 else x
         others = [0, *range(2, x.ndim)]
         count = world_size() * x.numel() / x.shape[1]
         mean = _Sum.apply(x.sum(others, keepdim=True)) / count
@@ -915,7 +916,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         x = x * (variance + self.eps).rsqrt()
         if self.affine:
             x = x * self.weight.view(mean.shape) + self.bias.view(mean.shape)
-        return x
+        return x.to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1081,6 +1082,8 @@ def keep_memory():
 
 def compiled(function):
     """torch.compile(function) for the few shapes that it sees; exits in its first call if that fails."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA on a CPU
+    warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)  # of torch itself
     fast = torch.compile(function, dynamic=False)
 
     def call(*args):

@@ -344,10 +344,11 @@ def regression_losses(args, make_net, images, targets, train, all_targets, gener
 
     real = common.place([train.images, all_targets], args.device)
     exact = torch.float32 if args.device.startswith("mps") else torch.float64  # lambda is small
-    print(f"KRR-ST: training a pool of {args.pool_size} students", flush=True)
     pool = [new_student() for _ in range(args.pool_size)]
-    for student in pool:  # each at another point of its training
+    progress = common.Progress("student of KRR-ST's pool", args.pool_size, 1, "students")
+    for i, student in enumerate(pool, 1):  # each at another point of its training
         student.train(images, targets, torch.randint(args.pool_steps, (), generator=generator).item())
+        progress(i)
     while True:
         k = torch.randint(len(pool), (), generator=generator).item()
         batch = torch.randperm(len(train.images), generator=generator)[: args.batch_real]

@@ -190,12 +190,10 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, tick=None):
         optimizer = torch.optim.SGD(net.parameters(), lr, args.momentum, weight_decay=args.weight_decay)
 
     steps = 0
+    smallest = 2 if objective in common.SSL or args.arch != "convnet" else 1  # to contrast, or for BatchNorm
     for epoch in range(epochs):
         batches = torch.randperm(len(images), generator=order).split(args.batch_size)
-        if (
-            objective in common.SSL or args.arch != "convnet"
-        ):  # two to contrast, or for BatchNorm's statistics
-            batches = [batch for batch in batches if len(batch) > 1]
+        batches = [batch for batch in batches if len(batch) >= smallest]
         for i, (x, z) in enumerate(common.fetch([images, targets], batches, args.device)):
             steps += 1
             loss = loss_fn(net, x, z, draws)
@@ -203,7 +201,7 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, tick=None):
             loss.backward()
             optimizer.step()
             if tick:
-                tick((epoch + (i + 1) / len(batches)) / epochs, loss)
+                tick((epoch + i / len(batches)) / epochs, loss)
     if not steps:
         common.fail(f"{len(images)} images in batches of {args.batch_size}: {objective} needs two in a batch")
 
@@ -228,7 +226,7 @@ def probe(net, train, test, fractions, args, seed):
     order = label_order(train.labels, args.label_draw, seed if args.label_seed is None else args.label_seed)
     order = order[: int(max(fractions) * len(order))]
     net.eval()  # for both splits; the authors take the training features in train mode
-    features = common.encode(net.features, train.images[order], train.mean, train.std, args.device)
+    features = common.encode(net.features, train.images, train.mean, train.std, args.device, order)
     test_features = common.encode(net.features, test.images, train.mean, train.std, args.device)
     if not max(features.abs().max(), test_features.abs().max()) < 1e15:
         common.fail("the encoder's features are not finite, or nearly so: its pre-training diverged")
@@ -295,7 +293,7 @@ def finetune(net, name, train, test, fractions, args, seed):
             batches += labelled[torch.randperm(len(labelled), generator=order_draws)].split(256)
         for x, y in common.fetch([train.images, train.labels], batches[:steps], args.device):
             if len(x) < 2 and args.arch != "convnet":
-                continue  # as in pretrain
+                continue  # BatchNorm's statistics want two
             if recipe["augment"]:
                 x = random_crop(x, draws, train.flip)
             loss = F.cross_entropy(head(forward(common.normalise(x, *stats))), y)
@@ -894,7 +892,7 @@ def main(args):
     for done, (name, objective, seed) in enumerate(work):
 
         def tick(share, loss, done=done, name=name, seed=seed):
-            progress(done + 0.9 * share, set=name, seed=seed, loss=loss)
+            progress(done + share, set=name, seed=seed, loss=loss)
 
         attempt(measure, name, objective, seed, tick, own=True)
         progress(done + 1, set=name, seed=seed)

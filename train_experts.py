@@ -111,7 +111,7 @@ def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None,
             loss.backward()
             optimizer.step()
             if tick:
-                tick((epoch + (i + 1) / (len(batches) + 1)) / args.epochs, loss)
+                tick((epoch + i / len(batches)) / args.epochs, loss)
         trajectory.append(common.flatten(net).cpu())
         if epoch == 0 and not ssl:
             example_loss = example_losses(net, images, targets, stats, args).cpu()

@@ -148,7 +148,7 @@ def train(encoder, images, stats, view, args, log):
             common.average(*(p.grad for p in net.parameters()))
             optimizer.step()
             total += loss.detach()
-            progress(epoch + (i + 1) / (steps + 1), loss=loss)
+            progress(epoch + i / steps, loss=loss)
         loss = total.item() / steps
         if not math.isfinite(loss):
             common.fail(
@@ -187,7 +187,7 @@ def main(args):
     encoder = common.ResNet(channels=channels, width=args.width, norm_layer=norm_layer)
     if trained or args.init_from:
         load_encoder(encoder, teacher_path if trained else args.init_from)
-    encoder = encoder.to(args.device, memory_format=torch.channels_last)  # a seventh faster, on a CPU too
+    encoder = encoder.to(args.device, memory_format=torch.channels_last)  # a seventh faster on a CPU
     (train_images,) = common.place([images.images], args.device)
     log = common.Log(args.out_dir, "train_teacher", vars(args))
     made = {"options": {"train_teacher": options}, "images_id": common.images_id(images.images)}

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import resource
 import shutil
 import statistics
@@ -116,7 +117,7 @@ def experts(side, device):
             net.to(memory_format=torch.channels_last),
         )
         forward = common.compiled(lambda x: net(x.contiguous(memory_format=torch.channels_last)))
-        common.encode = lambda *_: targets  # in this process: the example losses are not compared
+        train_experts.example_losses = lambda *_: torch.zeros(1)  # in this process: the baseline has none
         return lambda: train_experts.train_expert(net, loss_fn, images, targets, STATS, args, 0, forward)[0]
     loader = DataLoader(TensorDataset(common.normalise(images, *STATS), targets), 256, shuffle=True)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -243,9 +244,13 @@ def scale_load(device, N=20_000, mapped=False):
                 TF.to_pil_image(random_images(1, 64)[0]).save(path)
             else:
                 path.hardlink_to(folder / split / "a" / f"{i % 100}.jpg")
+    name = f"imagefolder:{folder}"
     if mapped:
         common.IN_MEMORY = 0
-    name = f"imagefolder:{folder}"
+        if os.fork() == 0:  # another process decodes them
+            common.load_images(name, "train", folder, 64)
+            os._exit(0)
+        os.wait()
     return lambda: common.load_images(name, "train", folder, 64), lambda: shutil.rmtree(folder)
 
 
@@ -324,7 +329,10 @@ def scale_evaluate(device, S=500, labelled=500):
 
 SCALES = {  # name -> (function, {quantity: its values})
     "reading": (scale_load, {"N": [10_000, 30_000, 100_000]}),
-    "reading, mapped": (functools.partial(scale_load, mapped=True), {"N": [10_000, 30_000, 100_000]}),
+    "opening what was decoded": (
+        functools.partial(scale_load, mapped=True),
+        {"N": [10_000, 30_000, 100_000]},
+    ),
     "teacher": (scale_teacher, {"N": [500, 1000, 2000], "px": [16, 32, 64]}),
     "experts": (scale_experts, {"N": [1000, 2000, 4000], "px": [16, 32, 64], "K": [1, 2, 4]}),
     "opening experts": (scale_read_experts, {"K": [20, 60, 180], "N": [10_000, 100_000, 1_000_000]}),
@@ -358,7 +366,7 @@ def scale_worker(name, quantity, value, device, threads):
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-            if name == "reading":
+            if name in ("reading", "opening what was decoded"):
                 break  # a second result beside the first would count twice
     finally:
         clean()
@@ -370,8 +378,8 @@ def scale(args):
     records = []
     print("| stage | | values | seconds | MiB beyond the data | grows as: time | memory |")
     print("|---|---|---|---|---|---|---|")
-    for name, (_, quantities) in SCALES.items():
-        for quantity, values in quantities.items():
+    for name in args.scale or SCALES:
+        for quantity, values in SCALES[name][1].items():
             points = []
             for value in values:
                 words = ["--device", args.device, "--threads", str(args.threads or 0)]
@@ -527,7 +535,8 @@ def parse_args(argv=None):
     parser.add_argument("--threads", type=common.natural, help="CPU threads (default: torch's choice)")
     parser.add_argument("--repeats", type=common.positive, default=5, help="of each side")
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), help="tasks")
-    parser.add_argument("--scale", action="store_true", help="how time and memory grow, instead")
+    rows = "how time and memory grow, instead: of these rows, or all"
+    parser.add_argument("--scale", nargs="*", choices=SCALES, metavar="ROW", help=rows)
     parser.add_argument("--work", action="store_true", help="the arithmetic of whole runs, instead")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--scale_worker", nargs=3, help=argparse.SUPPRESS)
@@ -556,7 +565,7 @@ def main():
     made["threads"] = args.threads or torch.get_num_threads()
     if args.work:
         return keep("work", work(), lambda a, b: a["run"] == b["run"])
-    if args.scale:
+    if args.scale is not None:
         records = [{**record, **made} for record in scale(args)]
         names = ("stage", "quantity", "device")
         return keep("scale", records, lambda a, b: all(a[name] == b[name] for name in names))

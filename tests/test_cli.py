@@ -235,20 +235,20 @@ def test_every_command_of_the_readme_parses():
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines = [part.strip() for line in lines for part in line.split("&&")]
-    found = {"python": 0, "bash": 0}
+    found = {"python": 0, "bash": 0, "torchrun": 0}
     for line in lines:
         words = shlex.split(line, comments=True)
         variables = {}
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             name, _, value = words.pop(0).partition("=")
             variables[name] = value
-        if words[:1] == ["python"] and words[1].endswith(".py"):
+        if words[:1] in (["python"], ["torchrun"]) and any(word.endswith(".py") for word in words):
             parse(shlex.join(words))
-            found["python"] += 1
+            found[words[0]] += 1
         elif words[:2] == ["bash", "run_all.sh"]:
             commands(*words[2:], **variables)
             found["bash"] += 1
-    assert found["python"] >= 4 and found["bash"] >= 5
+    assert found["python"] >= 4 and found["bash"] >= 5 and found["torchrun"] >= 1
 
 
 def test_ci_runs_the_readme_command():

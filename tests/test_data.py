@@ -257,6 +257,8 @@ def test_images_mapped_from_a_file(folder, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("decoding 3 images") == 1
     (path,) = (tmp_path / "data/decoded").glob("*.uint8")
     assert path.stat().st_size == inside.images.numel()
+    path.write_bytes(b"cut off")
+    assert torch.equal(common.load_images(name, "train", tmp_path / "data").images, inside.images)
     (broken,) = (folder / "train/a").iterdir()
     broken.write_bytes(b"no image")
     with pytest.raises(SystemExit):

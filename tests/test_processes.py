@@ -31,7 +31,7 @@ def teacher_step(ssl):
     norm_layers = [common.SyncBatchNorm] * 2 if several else [torch.nn.BatchNorm2d, torch.nn.BatchNorm1d]
     encoder = common.ResNet(channels=3, width=4, norm_layer=norm_layers[0])
     projector = train_teacher.make_projector(ssl, 32, 16, norm_layers[1])
-    net = torch.nn.Sequential(encoder, projector).double()
+    net = torch.nn.Sequential(encoder, projector).to(torch.float64, memory_format=torch.channels_last)
     images = torch.rand(12, 3, 8, 8, dtype=torch.float64)
     share = 12 // common.world_size()
     first = common.rank() * share
