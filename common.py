@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -44,10 +45,13 @@ except ImportError:  # not on Windows
     fcntl = None
 
 
+_own_work = False  # whether this process does what no other does: see own_work
+
+
 def fail(message):
     """End the program with one line on stderr and exit status 2: for all that the user can put right."""
-    if rank() > 0:
-        time.sleep(2)  # what all processes find the first one says, and torchrun ends the others meanwhile
+    if rank() > 0 and not _own_work:
+        time.sleep(30)  # what all processes find the first one says, and torchrun ends the others meanwhile
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
@@ -222,7 +226,7 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
                     pool.shutdown(cancel_futures=True)
                     fail(f"{error}; replace it or take it away")
                 yield torch.stack([image for image, _ in decoded]), [label for _, label in decoded]
-                progress(start, reading=name)
+                progress(min(start + 500, len(keep) - 1), reading=name)
 
     if isinstance(samples, _Files) and math.prod(shape) > IN_MEMORY:
         images = _mapped_images(samples, keep, shape, Path(data_dir) / "decoded", parts)
@@ -288,15 +292,27 @@ def _mapped_images(samples, keep, shape, folder, parts):
         stat = os.stat(samples.paths[i])
         digest.update(f"{os.path.abspath(samples.paths[i])} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     path = folder / f"{digest.hexdigest()[:16]}.uint8"
+
+    def there():
+        return path.exists() and path.stat().st_size == math.prod(shape)
+
+    while int(os.environ.get("LOCAL_RANK", 0)) > 0 and not there():
+        time.sleep(0.5)  # of the processes of a machine, the first decodes
     with one_at_a_time(folder):
-        if not path.exists() or path.stat().st_size != math.prod(shape):
+        if not there():
             print(f"decoding {len(keep)} images of {shape[-1]} px into {path}", flush=True)
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            temporary = path.with_name(f"{path.name}.tmp")
             try:
                 with open(temporary, "wb") as file:
                     for images, _ in parts():
                         file.write(images.numpy())
                 os.replace(temporary, path)
+            except OSError as error:
+                size = f"{math.prod(shape) / 2**20:.0f} MiB"
+                fail(
+                    f"{path}: cannot be written ({error.strerror}); give a --data_dir that can be, with room "
+                    f"for {size}"
+                )
             finally:
                 temporary.unlink(missing_ok=True)
     return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=torch.uint8).view(shape)
@@ -313,7 +329,11 @@ def one_at_a_time(folder):
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context(open(folder / ".lock", "a"))
-                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
+                except BlockingIOError:
+                    print(f"waiting for another process, which holds {file.name}", flush=True)
+                    fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -324,6 +344,7 @@ def place(tensors, device):
     """The tensors on the device, if they take less than a third of its free memory, or as they are."""
     if str(device).startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if sum(tensor.nbytes for tensor in tensors) > free / 3:
             return tensors
     return [tensor.to(device) for tensor in tensors]
@@ -349,7 +370,7 @@ def _fetch_ahead(tensors, batches, device):
         if not cuda:
             return [row.to(device) for row in rows], None
         with torch.cuda.stream(stream):
-            rows = [row.pin_memory().to(device, non_blocking=True) for row in rows]
+            rows = [row if row.is_cuda else row.pin_memory().to(device, non_blocking=True) for row in rows]
             return rows, stream.record_event()
 
     batches = iter(batches)
@@ -633,7 +654,14 @@ def simclr_loss(z1, z2, temperature):
 
 
 def random_view(
-    images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0, solarize=0.0, of=None
+    images,
+    generator,
+    min_crop=0.08,
+    flip=True,
+    jitter=(0.4, 0.4, 0.4, 0.1),
+    blur=0.0,
+    solarize=0.0,
+    part_of=None,
 ):
     """One random view of each image, every image by its own draw, computed as a batch on the images' device.
 
@@ -647,7 +675,7 @@ def random_view(
         flip: mirror half of the images.
         jitter: strength of brightness, contrast, saturation, and hue (in turns).
         blur, solarize: probabilities.
-        of: (B', first): the images are those from `first` on of a batch of B', and see its views.
+        part_of: (B', first): the images are those from `first` on of a batch of B', and get its draws.
 
     Returns (B, C, H, W) in [0, 1], float32 or of the images' own precision, differentiable in images.
 
@@ -658,7 +686,7 @@ def random_view(
     b, channels = images.shape[:2]
     x = images.float() / 255 if images.dtype == torch.uint8 else images
     device, dtype = x.device, x.dtype
-    total, first = of or (b, 0)
+    total, first = part_of or (b, 0)
 
     def draw():  # in float32, so that a draw does not depend on the precision
         return torch.rand(total, generator=generator, device=device)[first : first + b]
@@ -800,7 +828,10 @@ def linear_probe(features, labels, num_classes, weight_decay=1e-3, iterations=10
         loss.backward()
         return loss
 
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False  # --precision is the networks'
     optimizer.step(closure)
+    torch.backends.cuda.matmul.allow_tf32 = allowed
     return weight.detach(), (bias - weight @ centre).detach()
 
 
@@ -823,7 +854,9 @@ def best_device():
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-PRECISION_HELP = "tf32: products on a GPU are rounded to 10 bits; bf16: networks in bfloat16 by autocast"
+PRECISION_HELP = (
+    "tf32: products on a GPU are rounded to 10 bits; bf16: networks in bfloat16, the rest in tf32"
+)
 
 
 def set_up(args):
@@ -832,11 +865,21 @@ def set_up(args):
         torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     if world_size() > 1 and not torch.distributed.is_initialized():
-        cuda = args.device.startswith("cuda")
-        if cuda:
-            torch.cuda.set_device(args.device)
+        if args.device not in ("cpu", f"cuda:{os.environ.get('LOCAL_RANK')}"):
+            fail(f"--device {args.device}: each process wants a device of its own; give cuda, or cpu")
         forever = datetime.timedelta(days=30)  # a process that is done waits for the slowest
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=forever)
+        try:
+            if args.device == "cpu":
+                torch.distributed.init_process_group("gloo", timeout=forever)
+            else:
+                torch.cuda.set_device(args.device)
+                own = torch.device(args.device)
+                torch.distributed.init_process_group("nccl", timeout=forever, device_id=own)
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            fail(
+                f"WORLD_SIZE={world_size()}: the processes do not meet ({reason}); use torchrun, or unset it"
+            )
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first process speaks for all
 
@@ -855,12 +898,32 @@ def autocast(function, device, precision):
 
 def rank():
     """This process's number among those that torchrun started, from 0."""
-    return int(os.environ.get("RANK", 0))
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdigit() else 0
 
 
 def world_size():
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes torchrun started; 1 without it. Exits if the environment says nonsense."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit() or int(text) <= rank():
+        fail(f"WORLD_SIZE={text}, RANK={os.environ.get('RANK')}: make no sense; use torchrun, or unset them")
+    return int(text)
+
+
+@contextlib.contextmanager
+def own_work():
+    """Within, a process does what no other does, and says its errors at once."""
+    global _own_work
+    _own_work = True
+    try:
+        yield
+    finally:
+        _own_work = False
+
+
+def of_first():
+    """For a line of progress, which is of the first process's own work."""
+    return f"first of {world_size()} processes: " if world_size() > 1 else ""
 
 
 def wait_for_all():
@@ -1099,6 +1162,7 @@ def compiled(function):
 def run(main, args):
     """main(args), for the command line: what the machine refuses ends in one line too."""
     keep_memory()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no half files stay
     sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to stop
     try:
         main(args)
@@ -1107,13 +1171,16 @@ def run(main, args):
     except torch.OutOfMemoryError as error:
         fail(f"the device is out of memory ({str(error).splitlines()[0]}); choose a smaller batch or --limit")
     except RuntimeError as error:
+        if world_size() > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
+            fail(f"process {rank()}: another process ended, and says above why")
         if "allocate memory" not in str(error):
             raise
         fail("the machine is out of memory; choose a smaller batch, --width or --limit")
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if rank() == 0:
+            print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -1127,8 +1194,9 @@ class Log:
         if where.startswith("cuda"):
             where = torch.cuda.get_device_name(where)
         if rank() == 0:
+            launcher = ["torchrun", f"--nproc_per_node={world_size()}"] if world_size() > 1 else ["python"]
             self.write(
-                command=shlex.join(["python", *sys.argv]),
+                command=shlex.join([*launcher, *sys.argv]),
                 options=options,
                 time=time.strftime("%Y-%m-%d %H:%M:%S"),
                 torch=torch.__version__,
@@ -1154,19 +1222,25 @@ class Progress:
     def __init__(self, what, total, size, unit, interval=5.0):
         self.what, self.total, self.size, self.unit, self.interval = what, total, size, unit, interval
         self.started = self.said = time.time()
-        self.then = 0
+        self.then, self.ended = 0, False
 
     def __call__(self, done, **values):
         """done of total, also between two: 3.4 epochs; values: what else to show, {name: text or number}."""
         now = time.time()
-        if now - self.said < self.interval and done < self.total:
+        if self.ended or (now - self.said < self.interval and done < self.total):
             return
-        speed = (done - self.then) * self.size / max(now - self.said, 1e-9)
-        left = (now - self.started) / max(done, 1e-9) * (self.total - done)
+        self.ended = done >= self.total
+        if self.ended:  # the speed of the whole; before, that of the last seconds
+            self.then, self.said = 0, self.started
+        rate = (done - self.then) / max(now - self.said, 1e-9)
+        speed, left = rate * self.size, (self.total - done) / max(rate, 1e-9)
         texts = {k: f"{v:.4f}" if isinstance(v, (float, torch.Tensor)) else v for k, v in values.items()}
         shown = [f"{name.replace('_', ' ')} {text}" for name, text in texts.items()]
         shown += [f"{speed:,.0f} {self.unit}/s" if speed >= 10 else f"{speed:.2g} {self.unit}/s"]
-        shown += [f"{left:.0f} s left" if left < 600 else f"{left / 60:.0f} min left"]
+        shown += [f"{now - self.started:.0f} s in all"] if self.ended else []
+        shown += (
+            [f"{left:.0f} s left" if left < 600 else f"{left / 60:.0f} min left"] if left and rate else []
+        )
         at = f"{done:.1f}" if done != int(done) else f"{int(done)}"
         print(f"{self.what} {at}/{self.total}: {', '.join(shown)}", flush=True)
         self.said, self.then = now, done

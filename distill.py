@@ -529,6 +529,8 @@ def main(args):
         source = args.out_dir / "sets" / f"{args.lr_from}.pt"
         args.lr_init = float(common.load(source, {"lr": float}, "distill.py")["lr"])
     options = common.recipe(vars(args))
+    if not (matching and args.iters):
+        del options["segments"]
     path = args.out_dir / "sets" / f"{args.name}.pt"
     keys = {"images": 4, "targets": 2, "lr": float}
     if common.is_done(path, "distill", options, keys, made["targets_id"]):
@@ -593,13 +595,14 @@ def main(args):
     progress = common.Progress(f"{args.name}: iteration", args.iters, 1, "iterations")
 
     began = time.time()
-    own = args.segments // common.world_size() if matching else 1
+    own = args.segments // common.world_size() if matching else 1  # of this process
     for it in range(1, args.iters + 1):
         optimizer.zero_grad()
-        total = torch.zeros((), device=args.device)
-        for loss, drawn in itertools.islice(losses, own):  # noqa: B007  the last one is logged
+        total, drawn = torch.zeros((), device=args.device), []
+        for loss, what in itertools.islice(losses, own):
             (loss / own).backward()
             total += loss.detach() / own
+            drawn.append(what)
         common.average(total, *(leaf.grad for leaf in learnt))
         norm = torch.nn.utils.clip_grad_norm_(images, args.clip_grad or math.inf).item()
         optimizer.step()
@@ -614,6 +617,7 @@ def main(args):
             )
         moved = (images.detach() - start_images).abs().mean().item()
         kind = "matching_loss" if matching else "regression_loss"
+        drawn = drawn[0] if own == 1 else {"segments": drawn}
         record = {"iteration": it, **drawn, kind: value, "lr": lr.item(), "pixel_change": moved}
         if common.rank() == 0:
             log.write(**record, gradient_norm=norm, seconds=round(time.time() - began, 4))

@@ -201,7 +201,7 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, tick=None):
             loss.backward()
             optimizer.step()
             if tick:
-                tick((epoch + i / len(batches)) / epochs, loss)
+                tick((epoch + (i + 1) / len(batches)) / epochs, loss)
     if not steps:
         common.fail(f"{len(images)} images in batches of {args.batch_size}: {objective} needs two in a batch")
 
@@ -631,6 +631,8 @@ def write_tables(args, cells, rows, paper):
         "random subset: paired by seed, ± standard error. Rows that name no other way are pre-trained by MSE "
         "to the set's targets (KD)."
     )
+    if args.precision != "fp32":
+        caption += f" Precision: {args.precision}."
     if args.paper:
         figures = "three seeds, std with divisor n, from results/paper.csv" if paper else "not known here"
         caption += f" The paper's figures: {figures}."
@@ -800,7 +802,7 @@ def main(args):
         """
         stderr = sys.stderr if own or common.rank() == 0 else sys.stdout
         try:
-            with contextlib.redirect_stderr(stderr):
+            with common.own_work(), contextlib.redirect_stderr(stderr):
                 return function(*arguments)
         except SystemExit as error:
             failures.append(error)
@@ -834,7 +836,9 @@ def main(args):
     options["targets_id"] = made["targets_id"]
 
     def read_known():
-        return {key(r): r["accuracy"] for r in read_results(results) if r["options"] == options}
+        records = read_results(results)
+        older = {"precision": "fp32"}  # what they do not say
+        return {key(r): r["accuracy"] for r in records if older | r["options"] == options}
 
     known = read_known()
     log = common.Log(args.out_dir, "evaluate", vars(args))
@@ -888,7 +892,7 @@ def main(args):
         for (_, objective), members in rows.items()
         for name, seed in itertools.product([name for name in members if sets[name]], args.seeds)
     ][common.rank() :: common.world_size()]
-    progress = common.Progress("encoder", len(work), 1, "encoders")
+    progress = common.Progress(common.of_first() + "encoder", len(work), 1, "encoders")
     for done, (name, objective, seed) in enumerate(work):
 
         def tick(share, loss, done=done, name=name, seed=seed):

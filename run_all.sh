@@ -22,7 +22,8 @@
 #   IMAGE_SIZE=32       of an imagefolder
 #   TEACHER EXPERTS DISTILL KRR_ST EVALUATE    further options of a stage, for example TEACHER="--batch_size 64"
 #   STUDENT             those of all stages but the teacher, for example STUDENT="--width 64"
-#   PROCESSES=1         of each stage, by torchrun: one a GPU
+#   PROCESSES=1         of each stage, by torchrun: one a GPU; distill.py has one, as the paper averages no
+#                       experts, unless DISTILL="--segments 4" says otherwise
 #   DATA_DIR=data  OUT=runs/PRESET (tables: runs)  PYTHON=python
 #   DRY_RUN=1           print the commands only
 # What is finished is not done again: after an interruption, give the same command once more.
@@ -100,11 +101,13 @@ preset_given=$preset presets=${preset:-$presets}
 
 run() {
   local launch=("${PYTHON:-python}")
-  if [ "${PROCESSES:-1}" != 1 ]; then
-    launch+=(-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES")
+  local words=(python)
+  if [ "${PROCESSES:-1}" != 1 ] && [[ $1 != distill.py || $DISTILL = *--segments* ]]; then
+    words=(torchrun --standalone --nproc_per_node "$PROCESSES")
+    launch+=(-m torch.distributed.run "${words[@]:1}")
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun has it, without a word
   fi
-  echo "+ python$(printf ' %q' "$@")"
+  echo "+ ${words[*]}$(printf ' %q' "$@")"
   [ "$DRY_RUN" ] || "${launch[@]}" "$@"
 }
 

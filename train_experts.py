@@ -111,7 +111,7 @@ def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None,
             loss.backward()
             optimizer.step()
             if tick:
-                tick((epoch + i / len(batches)) / args.epochs, loss)
+                tick((epoch + (i + 1) / len(batches)) / args.epochs, loss)
         trajectory.append(common.flatten(net).cpu())
         if epoch == 0 and not ssl:
             example_loss = example_losses(net, images, targets, stats, args).cpu()
@@ -202,7 +202,7 @@ def main(args):
     ]  # fmt: skip
     common.wait_for_all()  # or one would find the first file of another
     mine = missing[common.rank() :: common.world_size()]
-    progress = common.Progress("expert", len(mine), args.epochs * n, "images")
+    progress = common.Progress(common.of_first() + "expert", len(mine), args.epochs * n, "images")
     for i, k in enumerate(mine):
         seed, found = args.seed + k, {}
         torch.manual_seed(args.seed if args.same_init else seed)
@@ -217,7 +217,8 @@ def main(args):
         )  # fmt: skip
         speed = args.epochs * n / (time.time() - start)
         if not math.isfinite(loss) or not trajectory.isfinite().all():
-            common.fail(f"the loss of expert {k} is {loss}: choose a smaller --lr than {args.lr}")
+            with common.own_work():
+                common.fail(f"the loss of expert {k} is {loss}: choose a smaller --lr than {args.lr}")
         if k == 0:
             found["gradient_variance"].append(gradient_variance(*of_gradient))
         common.save(paths[k], {
@@ -227,7 +228,6 @@ def main(args):
             "options": {**made["options"], "train_experts": options},
         })  # fmt: skip
         log.write(expert=k, loss=loss, images_per_second=round(speed), **found)
-        progress(i + 1, loss=loss)
     common.wait_for_all()
     if common.rank() > 0:
         return

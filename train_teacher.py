@@ -142,13 +142,13 @@ def train(encoder, images, stats, view, args, log):
         for i, (x,) in enumerate(common.fetch([images], mine, args.device)):
             lr = args.lr * cosine_lr(epoch * steps + i, args.epochs * steps, warmup)
             optimizer.param_groups[0]["lr"] = lr
-            loss = ssl_loss(forward, x, draws, stats, {**view, "of": (args.batch_size, first)}, args)
+            loss = ssl_loss(forward, x, draws, stats, {**view, "part_of": (args.batch_size, first)}, args)
             optimizer.zero_grad()
             loss.backward()
             common.average(*(p.grad for p in net.parameters()))
             optimizer.step()
             total += loss.detach()
-            progress(epoch + i / steps, loss=loss)
+            progress(epoch + (i + 1) / steps, loss=loss)
         loss = total.item() / steps
         if not math.isfinite(loss):
             common.fail(
@@ -157,7 +157,6 @@ def train(encoder, images, stats, view, args, log):
         speed = steps * args.batch_size / (time.time() - start)
         if common.rank() == 0:
             log.write(epoch=epoch + 1, loss=loss, lr=lr, images_per_second=round(speed))
-        progress(epoch + 1, loss=loss)
 
 
 def main(args):

@@ -364,7 +364,7 @@ def scale_worker(name, quantity, value, device, threads):
             with contextlib.redirect_stdout(None):
                 kept = run()  # noqa: F841  what is read is held
             if device.startswith("cuda"):
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)
             if name in ("reading", "opening what was decoded"):
                 break  # a second result beside the first would count twice
@@ -454,7 +454,7 @@ def work():
 def memory(device):
     """The peak of memory so far, in bytes."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -473,7 +473,7 @@ def worker(task, side, device, threads, path):
         with contextlib.redirect_stdout(None):
             result = run()
         if device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
         if line.strip() == "save":
             torch.save([part.detach().cpu() for part in result], path)
@@ -531,6 +531,7 @@ def compare(task, args, folder):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
+    parser.error = common.fail
     parser.add_argument("--device", type=common.device, default="cpu", help="where to run")
     parser.add_argument("--threads", type=common.natural, help="CPU threads (default: torch's choice)")
     parser.add_argument("--repeats", type=common.positive, default=5, help="of each side")
@@ -549,7 +550,8 @@ def keep(key, records, same):
     contents = json.loads(path.read_text()) if path.exists() else {}
     old = [r for r in contents.get(key, []) if not any(same(r, new) for new in records)]
     contents[key] = old + records
-    path.write_text(json.dumps(contents, indent=1) + "\n")
+    path.with_suffix(".tmp").write_text(json.dumps(contents, indent=1) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def main():

@@ -16,7 +16,8 @@ README = (ROOT / "README.md").read_text()
 
 def parse(command):
     """The options of a line like "python distill.py --init random", or SystemExit."""
-    words = shlex.split(command.replace("torchrun --nproc_per_node 4", "python"), comments=True)
+    command = re.sub(r"^torchrun (--standalone )?--nproc_per_node \d+", "python", command)
+    words = shlex.split(command, comments=True)
     name = words[1].removesuffix(".py").removeprefix("tests/")
     assert words[0] == "python" and name in [*STAGES, "benchmark"], command
     return __import__(name).parse_args(words[2:])
@@ -38,9 +39,9 @@ def commands(*words, **variables):
     assert done.returncode == 0, done.stderr
     calls = {}
     for line in done.stdout.splitlines():
-        assert line.startswith("+ python ")
-        args = parse(line[2:])
-        calls.setdefault(shlex.split(line)[2].removesuffix(".py"), []).append(args)
+        assert line.startswith(("+ python ", "+ torchrun "))
+        name = re.search(r"(\w+)\.py", line)[1]
+        calls.setdefault(name, []).append(parse(line[2:]))
     assert list(calls) == STAGES
     return calls
 
@@ -199,6 +200,25 @@ def test_seeds_and_rows():
     calls = commands("digits", SETS=rows, DISTILL_SEEDS="0 2", SEEDS="5", STUDENT="--width 9")
     assert calls["evaluate"][0].seeds == [5] and calls["evaluate"][0].sets == rows.split()
     assert {a.width for name in STAGES[1:] for a in calls[name]} == {9}
+
+
+def test_run_all_with_several_processes():
+    for distill, launcher in (("", "python"), ("--segments 2", "torchrun --standalone --nproc_per_node 2")):
+        done = run_all("digits", DRY_RUN="1", PROCESSES="2", DISTILL=distill)
+        lines = [line for line in done.stdout.splitlines() if "distill.py" in line]
+        assert lines and all(line.startswith(f"+ {launcher} distill.py") for line in lines)
+        assert done.stdout.startswith("+ torchrun --standalone --nproc_per_node 2 train_teacher.py")
+
+
+@pytest.mark.parametrize("size, rank", [("x", "0"), ("0", "0"), ("2", "2"), ("-1", "0")])
+def test_an_environment_that_makes_no_sense(size, rank, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as stop:
+        __import__("distill").parse_args([])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and f"WORLD_SIZE={size}" in message and message.count("\n") == 1
 
 
 def test_run_all_refuses():

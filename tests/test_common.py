@@ -29,7 +29,7 @@ def test_progress_at_most_every_few_seconds(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8  # every five of 40 seconds, the last at its end
     assert lines[0] == "epoch 0.5/4: loss 0.5000, set x, pixels moved 0.2500, 100 images/s, 35 s left"
-    assert lines[-1] == "epoch 4/4: loss 0.1250, 100 images/s, 0 s left"
+    assert lines[-1] == "epoch 4/4: loss 0.1250, 100 images/s, 40 s in all"
 
 
 def test_precision():
@@ -167,7 +167,9 @@ def test_views_of_a_part_are_those_of_the_batch():
     images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8, generator=generator())
     options = {"blur": 0.5, "solarize": 0.5}
     whole = common.random_view(images, generator(1), **options)
-    parts = [common.random_view(images[i : i + 3], generator(1), **options, of=(9, i)) for i in (0, 3, 6)]
+    parts = [
+        common.random_view(images[i : i + 3], generator(1), **options, part_of=(9, i)) for i in (0, 3, 6)
+    ]
     torch.testing.assert_close(torch.cat(parts), whole)
 
 

@@ -36,7 +36,7 @@ def teacher_step(ssl):
     share = 12 // common.world_size()
     first = common.rank() * share
     stats = torch.full((3,), 0.5), torch.full((3,), 0.25)
-    view = {"blur": 0.5, "solarize": 0.5, "of": (12, first)}
+    view = {"blur": 0.5, "solarize": 0.5, "part_of": (12, first)}
     draws = torch.Generator().manual_seed(1)
     loss = train_teacher.ssl_loss(net, images[first : first + share], draws, stats, view, args)
     loss.backward()

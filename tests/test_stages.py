@@ -948,3 +948,18 @@ def test_train_expert_returns_its_trajectory():
         theta, common.normalise(images, *stats), targets, torch.tensor(0.1), order.split(8),
     )  # fmt: skip
     torch.testing.assert_close(trajectory[1], end)
+
+
+def test_segments_count_where_they_are_matched(copy, stage, capsys):
+    """A subset is done whatever the segments; a matched set is another with other segments."""
+    words = [*DISTILL, "--out_dir", copy, "--init", "random", "--segments", "2"]
+    stage("distill", [*words, "--iters", "0"])
+    assert "is there: nothing to do" in capsys.readouterr().out
+    refuses(capsys, lambda: stage("distill", [*words, "--iters", "1"]), "--segments 1, now --segments 2")
+    stage("distill", [*words, "--iters", "1", "--name", "two", "--micro_batch", "3"])
+    (record,) = [
+        json.loads(line)
+        for line in (copy / "distill_two.jsonl").read_text().splitlines()
+        if "iteration" in line and "matching_loss" in line
+    ]
+    assert len(record["segments"]) == 2 and set(record["segments"][0]) == {"expert", "start_epoch"}
