@@ -1172,7 +1172,7 @@ def run(main, args):
         fail(f"the device is out of memory ({str(error).splitlines()[0]}); choose a smaller batch or --limit")
     except RuntimeError as error:
         if world_size() > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
-            fail(f"process {rank()}: another process ended, and says above why")
+            fail(f"process {rank()}: another one ended; what it said, or torchrun's report, tells why")
         if "allocate memory" not in str(error):
             raise
         fail("the machine is out of memory; choose a smaller batch, --width or --limit")

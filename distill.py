@@ -282,7 +282,10 @@ def trajectory_losses(args, net, loss_fn, images, targets, lr, paths, trajectori
         start = trajectories[k][t].to(args.device)
         goal = trajectories[k][t + args.expert_epochs].to(args.device)
         if not (start.isfinite().all() and goal.isfinite().all()):
-            common.fail(f"{paths[k]}: its weights are not all finite; make it again with train_experts.py")
+            with common.own_work():
+                common.fail(
+                    f"{paths[k]}: its weights are not all finite; make it again with train_experts.py"
+                )
 
         def step_loss(theta, x, z, n, seed=seed):
             draws.manual_seed(seed + n)  # on the way back, step n sees its views again
