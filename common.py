@@ -1166,7 +1166,7 @@ def run(main, args):
     sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to stop
     try:
         main(args)
-        if torch.distributed.is_initialized():
+        if world_size() > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except torch.OutOfMemoryError as error:
         fail(f"the device is out of memory ({str(error).splitlines()[0]}); choose a smaller batch or --limit")
