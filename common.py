@@ -939,49 +939,6 @@ def average(*tensors):
         tensor /= world_size()
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over the processes, differentiated as such: the gradients of all processes' losses add up."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        torch.distributed.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _Sum.forward(ctx, gradient)
-
-
-def gather(x):
-    """The rows of all processes, x (B, d) each, in their order: (G B, d), differentiable."""
-    if world_size() == 1:
-        return x
-    start = rank() * len(x)
-    return _Sum.apply(F.pad(x, (0, 0, start, world_size() * len(x) - start - len(x))))
-
-
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """BatchNorm with the statistics of the batch over all processes, on CPUs too, where torch has none."""
-
-    def forward(self, x):
-        if x.is_cuda or not self.training or world_size() == 1:
-            return super().forward(x)
-        dtype, x = x.dtype, x.float() if x.dtype == torch.bfloat16 else x
-        others = [0, *range(2, x.ndim)]
-        count = world_size() * x.numel() / x.shape[1]
-        mean = _Sum.apply(x.sum(others, keepdim=True)) / count
-        x = x - mean
-        variance = _Sum.apply(x.square().sum(others, keepdim=True)) / count
-        self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
-        self.running_var.lerp_(variance.detach().flatten() * count / (count - 1), self.momentum)
-        self.num_batches_tracked += 1
-        x = x * (variance + self.eps).rsqrt()
-        if self.affine:
-            x = x * self.weight.view(mean.shape) + self.bias.view(mean.shape)
-        return x.to(dtype)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Files and logs
 # ------------------------------------------------------------------------------------------------------------

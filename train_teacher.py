@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import common
 from common import natural, number, positive
@@ -70,7 +71,60 @@ def parse_args(argv=None):
     return args
 
 
-def make_projector(ssl, in_dim, projection_dim, norm_layer=nn.BatchNorm1d):
+# ------------------------------------------------------------------------------------------------------------
+# One batch over several processes
+# ------------------------------------------------------------------------------------------------------------
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes, differentiated as such: the gradients of all processes' losses add up."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Sum.forward(ctx, gradient)
+
+
+def gather(x):
+    """The rows of all processes, x (B, d) each, in their order: (G B, d), differentiable."""
+    if common.world_size() == 1:
+        return x
+    start = common.rank() * len(x)
+    return _Sum.apply(F.pad(x, (0, 0, start, common.world_size() * len(x) - start - len(x))))
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """BatchNorm with the statistics of the batch over all processes, on CPUs too, where torch has none."""
+
+    def forward(self, x):
+        if x.is_cuda or not self.training or common.world_size() == 1:
+            return super().forward(x)  # which in one process is BatchNorm
+        dtype, x = x.dtype, x.float() if x.dtype == torch.bfloat16 else x
+        others = [0, *range(2, x.ndim)]
+        count = common.world_size() * x.numel() / x.shape[1]
+        mean = _Sum.apply(x.sum(others, keepdim=True)) / count
+        x = x - mean
+        variance = _Sum.apply(x.square().sum(others, keepdim=True)) / count
+        self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
+        self.running_var.lerp_(variance.detach().flatten() * count / (count - 1), self.momentum)
+        self.num_batches_tracked += 1
+        x = x * (variance + self.eps).rsqrt()
+        if self.affine:
+            x = x * self.weight.view(mean.shape) + self.bias.view(mean.shape)
+        return x.to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Networks, loss and training
+# ------------------------------------------------------------------------------------------------------------
+
+
+def make_projector(ssl, in_dim, projection_dim, norm_layer=SyncBatchNorm):
     """SSL's head, in_dim -> 512 -> projection_dim (Barlow Twins), or in_dim -> in_dim -> 128 (SimCLR)."""
     if ssl == "barlow_twins":
         return nn.Sequential(
@@ -107,7 +161,7 @@ def ssl_loss(forward, x, draws, stats, view, args):
     its part, G-fold: their mean is the gradient of the batch.
     """
     views = [common.random_view(x, draws, **view) for _ in range(2)]
-    z1, z2 = (common.gather(forward(common.normalise(v, *stats))) for v in views)  # (B, d) each
+    z1, z2 = (gather(forward(common.normalise(v, *stats))) for v in views)  # (B, d) each
     if args.ssl == "barlow_twins":
         return common.barlow_twins_loss(z1, z2, args.bt_lambda)
     return common.simclr_loss(z1, z2, args.temperature)
@@ -120,8 +174,7 @@ def train(encoder, images, stats, view, args, log):
     every batch, and the step that one process would take with the whole.
     """
     n = len(images)
-    norm_layer = common.SyncBatchNorm if common.world_size() > 1 else nn.BatchNorm1d
-    projector = make_projector(args.ssl, 8 * args.width, args.projection_dim, norm_layer)
+    projector = make_projector(args.ssl, 8 * args.width, args.projection_dim)
     net = nn.Sequential(encoder, projector).to(args.device)
     optimizer = torch.optim.Adam(net.parameters(), weight_decay=args.weight_decay)
     forward = common.autocast(net, torch.device(args.device), args.precision)
@@ -182,8 +235,7 @@ def main(args):
     if args.epochs and args.batch_size > n:
         common.fail(f"--batch_size {args.batch_size}: there are {n} training images; choose {n} or less")
     torch.manual_seed(args.seed)
-    norm_layer = common.SyncBatchNorm if common.world_size() > 1 else nn.BatchNorm2d
-    encoder = common.ResNet(channels=channels, width=args.width, norm_layer=norm_layer)
+    encoder = common.ResNet(channels=channels, width=args.width, norm_layer=SyncBatchNorm)
     if trained or args.init_from:
         load_encoder(encoder, teacher_path if trained else args.init_from)
     encoder = encoder.to(args.device, memory_format=torch.channels_last)  # a seventh faster on a CPU

@@ -28,7 +28,9 @@ def teacher_step(ssl):
     args = train_teacher.parse_args(["--ssl", ssl, "--projection_dim", "16", "--device", "cpu"])
     torch.manual_seed(0)
     several = common.world_size() > 1
-    norm_layers = [common.SyncBatchNorm] * 2 if several else [torch.nn.BatchNorm2d, torch.nn.BatchNorm1d]
+    norm_layers = (
+        [train_teacher.SyncBatchNorm] * 2 if several else [torch.nn.BatchNorm2d, torch.nn.BatchNorm1d]
+    )
     encoder = common.ResNet(channels=3, width=4, norm_layer=norm_layers[0])
     projector = train_teacher.make_projector(ssl, 32, 16, norm_layers[1])
     net = torch.nn.Sequential(encoder, projector).to(torch.float64, memory_format=torch.channels_last)
@@ -51,7 +53,7 @@ def worker(out):
     common.set_up(train_teacher.parse_args(TEACHER))
     steps = {ssl: teacher_step(ssl) for ssl in SSL}
     x = torch.arange(6.0).view(3, 2) + 10 * common.rank()
-    steps["gather"] = common.gather(x)
+    steps["gather"] = train_teacher.gather(x)
     if common.rank() == 0:
         torch.save(steps, out / "steps.pt")
     stages = [
