@@ -694,7 +694,8 @@ def test_compile(copy, stage, monkeypatch, capsys):
     """--compile makes the same experts and set, up to rounding; a finished run does not mind it."""
     before = read(copy / "experts/0001.pt")["trajectory"], read(copy / "sets/mkdt_random.pt")["images"]
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", functools.partial(compile, backend="aot_eager"))
+    # aot_eager is no good here: that of torch 2.14 mistakes the strides of one channel.
+    monkeypatch.setattr(torch, "compile", functools.partial(compile, backend="eager"))
     stage("train_experts", [*EXPERTS, "--out_dir", copy, "--compile"])  # nothing to do
     set_run = [*DISTILL, "--out_dir", copy, "--init", "random", "--iters", "1", "--compile"]
     stage("distill", set_run)
