@@ -14,17 +14,25 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import errno
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import logging
 import math
 import os
+import pickle
+import platform
 import shlex
 import signal
+import subprocess
 import sys
+import tarfile
 import time
 import warnings
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +42,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torchvision.datasets.utils import download_url, extract_archive
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import InterpolationMode
@@ -48,12 +57,16 @@ except ImportError:  # not on Windows
 _own_work = False  # whether this process does what no other does: see own_work
 
 
-def fail(message):
+class Fatal(SystemExit):
+    """The end of a program that had better not go on with other work, either: the disk is full, say."""
+
+
+def fail(message, kind=SystemExit):
     """End the program with one line on stderr and exit status 2: for all that the user can put right."""
     if rank() > 0 and not _own_work:
         time.sleep(30)  # what all processes find the first one says, and torchrun ends the others meanwhile
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
+    raise kind(2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -68,19 +81,20 @@ class Dataset(NamedTuple):
     mean: tuple | None  # of the channels, in [0, 1]; None: measured on the training images
     std: tuple | None
     flip: bool = True  # whether a mirrored image is still an image of the same thing
+    count: tuple | None = None  # images to train and to test: a set with others is not whole
 
 
 # Sizes and statistics are those of the authors' code; every set is evaluated at its own size, also by an
 # encoder that was pre-trained at another (the convolutions do not mind, the number of features F changes).
 DATASETS = {
     "digits": Dataset(8, None, None, flip=False),
-    "cifar10": Dataset(32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": Dataset(32, (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
-    "tinyimagenet": Dataset(64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "aircraft": Dataset(32, (0.4804, 0.5116, 0.5349), (0.2021, 0.1953, 0.2297)),
-    "cub2011": Dataset(32, (0.4857, 0.4995, 0.4324), (0.2145, 0.2098, 0.2496)),
-    "dogs": Dataset(32, (0.4765, 0.4516, 0.3911), (0.2490, 0.2435, 0.2479)),
-    "flowers": Dataset(32, (0.4329, 0.3820, 0.2965), (0.2828, 0.2333, 0.2615)),
+    "cifar10": Dataset(32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), count=(50_000, 10_000)),
+    "cifar100": Dataset(32, (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023), count=(50_000, 10_000)),
+    "tinyimagenet": Dataset(64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), count=(100_000, 10_000)),
+    "aircraft": Dataset(32, (0.4804, 0.5116, 0.5349), (0.2021, 0.1953, 0.2297), count=(6_667, 3_333)),
+    "cub2011": Dataset(32, (0.4857, 0.4995, 0.4324), (0.2145, 0.2098, 0.2496), count=(5_994, 5_794)),
+    "dogs": Dataset(32, (0.4765, 0.4516, 0.3911), (0.2490, 0.2435, 0.2479), count=(12_000, 8_580)),
+    "flowers": Dataset(32, (0.4329, 0.3820, 0.2965), (0.2828, 0.2333, 0.2615), count=(1_020, 6_149)),
     "imagefolder": Dataset(32, None, None),
 }
 
@@ -118,6 +132,8 @@ TORCHVISION_ARCHIVES = {
     ),
 }
 
+
+BROKEN = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error)  # by an archive cut off
 
 IN_MEMORY = 2**31  # bytes; files of more images are decoded once, into a file that is mapped into memory
 
@@ -199,6 +215,10 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
     size = image_size or DATASETS[key].size
     with one_at_a_time(folder if key in (*ARCHIVES, *TORCHVISION_ARCHIVES) else None):
         samples = _open_dataset(key, split, folder)
+    count = DATASETS[key].count
+    again = f"remove what was unpacked of {key} in {folder}, to have it unpacked again"
+    if count and len(samples) != count[split == "test"]:
+        fail(f"{folder}: has {len(samples)} of {key}'s {count[split == 'test']} {split} images; {again}")
     keep = range(len(samples))
     if limit and limit < len(samples):
         keep = [i * len(samples) // limit for i in range(limit)]
@@ -224,7 +244,7 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
                     decoded = list(pool.map(decode, keep[start : start + 500]))
                 except ValueError as error:
                     pool.shutdown(cancel_futures=True)
-                    fail(f"{error}; replace it or take it away")
+                    fail(f"{error}; {again if count else 'replace it or take it away'}")
                 yield torch.stack([image for image, _ in decoded]), [label for _, label in decoded]
                 progress(min(start + 500, len(keep) - 1), reading=name)
 
@@ -238,7 +258,7 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
             images[done : done + len(part)] = part
             labels[done : done + len(part)] = torch.tensor(part_labels)
             done += len(part)
-    _, mean, std, flip = DATASETS[key]
+    _, mean, std, flip, _ = DATASETS[key]
     if mean is None:
         # From the counts of the 256 values, so that no float copy of the images is made.
         counts = torch.zeros(channels, 256, dtype=torch.float64)
@@ -269,6 +289,19 @@ def denormalise(images, mean, std):
     return images * std.view(-1, 1, 1).to(images.device) + mean.view(-1, 1, 1).to(images.device)
 
 
+def read_image(path):
+    """An image file of any mode as a PIL image, 8 bits RGB; raises what Pillow raises, or ValueError."""
+    with open(path, "rb") as file, Image.open(file) as image:
+        if image.mode.startswith("I"):  # 16 bits; convert would make all above 255 white
+            values = np.asarray(image).clip(0, 2**16 - 1) // 256
+            return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of any range; save it in 8 or 16 bits")
+        if "transparency" in image.info:  # of a palette, which convert would warn of
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+
+
 class _Files:
     """A sequence of (PIL image, label) from paths and labels."""
 
@@ -279,7 +312,7 @@ class _Files:
         return len(self.paths)
 
     def __getitem__(self, i):
-        return torchvision.datasets.folder.pil_loader(self.paths[i]), self.labels[i]
+        return read_image(self.paths[i]), self.labels[i]
 
 
 def _mapped_images(samples, keep, shape, folder, parts):
@@ -301,20 +334,10 @@ def _mapped_images(samples, keep, shape, folder, parts):
     with one_at_a_time(folder):
         if not there():
             print(f"decoding {len(keep)} images of {shape[-1]} px into {path}", flush=True)
-            temporary = path.with_name(f"{path.name}.tmp")
-            try:
-                with open(temporary, "wb") as file:
-                    for images, _ in parts():
-                        file.write(images.numpy())
-                os.replace(temporary, path)
-            except OSError as error:
-                size = f"{math.prod(shape) / 2**20:.0f} MiB"
-                fail(
-                    f"{path}: cannot be written ({error.strerror}); give a --data_dir that can be, with room "
-                    f"for {size}"
-                )
-            finally:
-                temporary.unlink(missing_ok=True)
+            room = f"give a --data_dir that can be, with room for {math.prod(shape) / 2**20:.0f} MiB"
+            with replacing(path, room) as temporary, open(temporary, "wb") as file:
+                for images, _ in parts():
+                    file.write(images.numpy())
     return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=torch.uint8).view(shape)
 
 
@@ -396,7 +419,7 @@ def _open_dataset(key, split, folder):
         root = _unpack(key, folder)
         try:
             return {"tinyimagenet": _tiny_imagenet, "cub2011": _cub2011, "dogs": _dogs}[key](split, root)
-        except OSError as error:
+        except (OSError, ValueError, KeyError, IndexError) as error:
             fail(
                 f"{root}: {key} is not complete there ({error}); remove that folder to have it unpacked again"
             )
@@ -412,11 +435,11 @@ def _open_dataset(key, split, folder):
             return tv.FGVCAircraft(folder, "trainval" if train else "test", "variant", download=True)
         # 1,020 images: "train" without "val", as the authors do.
         return tv.Flowers102(folder, split, download=True)
-    except (OSError, RuntimeError) as error:
+    except (*BROKEN, RuntimeError, ValueError, KeyError, IndexError) as error:
         url, place = TORCHVISION_ARCHIVES[key]
         fail(
-            f"data set {key} is not in {folder} and its download failed ({error}); put {url} into "
-            f"{folder / place}"
+            f"data set {key} is not in {folder}, or not whole, and its download failed ({error}); put {url} "
+            f"into {folder / place}, and remove what is there of {key}"
         )
 
 
@@ -465,7 +488,7 @@ def _unpack(key, data_dir):
             try:
                 download_url(url, data_dir, name, md5)  # does nothing when the archive is there and whole
                 extract_archive(os.path.join(data_dir, name), partial)
-            except (OSError, RuntimeError, EOFError) as error:
+            except (*BROKEN, RuntimeError) as error:
                 fail(
                     f"data set {key} is not in {data_dir} and the download of {url} failed ({error}); put "
                     f"{name} (MD5 {md5}) into {data_dir}"
@@ -859,10 +882,29 @@ PRECISION_HELP = (
 )
 
 
+def add_run_options(parser, precisions=("fp32", "tf32", "bf16"), precision_help=PRECISION_HELP):
+    """The options of how a stage runs, which are the same in all; of them, only --precision counts for what
+    it makes (see recipe)."""
+    run = parser.add_argument_group("how to run")
+    run.add_argument("--device", type=device, default=best_device(), help="where to run")
+    run.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    run.add_argument("--precision", choices=precisions, default="fp32", help=precision_help)
+    same = "on a GPU, too, the same command makes the same files, bit for bit; slower"
+    run.add_argument("--deterministic", action="store_true", help=same)
+    often = "a checkpoint, from which the same command goes on, is written so often; 0: after every step"
+    run.add_argument("--checkpoint_minutes", type=at_least(0, float, 1e6), default=5.0, help=often)
+    anew = "begin anew in spite of a checkpoint; what is finished stays"
+    run.add_argument("--restart", action="store_true", help=anew)
+
+
 def set_up(args):
     """What every stage does first: threads and precision, and joining the other processes of torchrun."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     if world_size() > 1 and not torch.distributed.is_initialized():
         if args.device not in ("cpu", f"cuda:{os.environ.get('LOCAL_RANK')}"):
@@ -954,40 +996,142 @@ def fingerprint(*tensors):
     return digest.hexdigest()[:16]
 
 
-def save(path, contents):
-    """Write a dict of tensors and plain Python to path, whole or not at all; adds the torch version."""
+@contextlib.contextmanager
+def replacing(path, otherwise="make room there, or choose another --out_dir"):
+    """Yields the path of a temporary file that takes the place of path in the end, whole or not at all.
+
+    Exits where it cannot be written, and path is as it was; otherwise: what to do then.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")  # that of a killed run is written over
     try:
-        torch.save({**contents, "torch_version": str(torch.__version__)}, temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or a machine that loses its power may be left with an empty file
         os.replace(temporary, path)
-    except RuntimeError as error:  # how torch says that the disk is full
-        fail(f"{path}: cannot be written ({str(error).splitlines()[0]}); is the disk full?")
+    except OSError as error:
+        fail(f"{path}: cannot be written ({error.strerror or error}); {otherwise}", Fatal)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append(path, record):
+    """Add a JSON record to a file, as a line of its own, or nothing: exits if there is no room for it."""
+    path = Path(path)
+    line = json.dumps(record, default=str) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if file.read(1) not in (b"", b"\n"):
+                line = "\n" + line  # the last line was not written to its end
+            if file.write(line.encode()) < len(line.encode()):
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        fail(f"{path}: cannot be written ({error.strerror}); make room, or choose another --out_dir", Fatal)
+
+
+def read_records(path):
+    """The lines of a .jsonl file, [(bytes before it, record)]; the record is None where a line is broken."""
+    records, place = [], 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        records.append((place, record if isinstance(record, dict) else None))
+        place += len(line)
+    return records
+
+
+_claimed = None
+
+
+def claim(out_dir, path):
+    """Whether path, of a run in out_dir, is this process's alone to make, until it claims another or ends.
+
+    On file systems without locks it always is.
+    """
+    global _claimed
+    try:
+        if _claimed:
+            _claimed.close()  # gives the last claim up
+        for folder in (Path(out_dir), Path(path).parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):  # not after hours of work
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        _claimed = open(Path(out_dir) / ".claims", "ab")  # noqa: SIM115  one file, a byte of it a path
+    except OSError as error:
+        fail(f"{out_dir}: cannot be written ({error.strerror}); choose another --out_dir")
+    try:
+        name = str(Path(path).relative_to(out_dir)).encode()
+        place = int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
+        if fcntl:
+            fcntl.lockf(_claimed, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
+
+
+def save(path, contents):
+    """Write a dict of tensors and plain Python to path, whole or not at all; adds the torch version.
+
+    The same contents make the same file, bit for bit.
+    """
+    with replacing(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:  # torch would write the name of a path into the file
+                torch.save({**contents, "torch_version": str(torch.__version__)}, file)
+        except RuntimeError as error:  # how torch may say that the disk is full
+            raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from None
 
 
 def load(path, keys, made_by, mmap=False):
     """Read what save wrote, with weights_only=True: a file cannot run code. Exits if it is not such a file.
 
     Args:
-        keys: what it must have, {key: kind}; kind is the number of dimensions of a float32 tensor, float for
-            a number above 0, or None for anything.
+        keys: what it must have, {key: kind}; kind is the number of dimensions of a float32 tensor of finite
+            values, float for a number above 0, or None for anything.
         made_by: the command to name when the file is missing or of another kind.
         mmap: leave the tensors on disk until they are read.
     """
     again = f"move it away and make it again with {made_by}"
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
+    if not Path(path).exists():
         fail(f"{path}: not found; make it with {made_by}")
+    try:
+        whole = zipfile.is_zipfile(path)
+        with zipfile.ZipFile(path) if whole else contextlib.nullcontext() as archive:
+            damaged = archive.testzip() if whole else None  # torch itself does not look at the checksums
+        if damaged:
+            raise ValueError(f"its part {damaged} is damaged")
+        if mmap and not whole:  # else it may be of an old version of torch
+            raise ValueError
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused anyway
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        ids = [contents.get(name, "") for name in ("images_id", "targets_id")]
+        options = contents.get("options", {})
+        plain = json.dumps([options, ids]) and all(isinstance(name, str) for name in ids)
+        if not plain or not all(isinstance(made, dict) for made in options.values()):
+            raise TypeError
+    except (AttributeError, TypeError):
+        fail(f"{path}: is another kind of file; {again}")
+    except pickle.UnpicklingError:
+        fail(f"{path}: is damaged, or holds more than tensors and plain values: code, maybe; {again}")
     except Exception as error:  # torch raises many kinds for a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        reason = reason if whole else "it was cut off, or is of another kind"
         fail(f"{path}: is not a .pt file that can be read ({reason}); {again}")
-    options = contents.get("options", {}) if isinstance(contents, dict) else None
-    if not isinstance(options, dict) or not all(isinstance(made, dict) for made in options.values()):
-        fail(f"{path}: is another kind of file; {again}")
     for key, kind in keys.items():
         if key not in contents:
             fail(f"{path}: has no {key!r}, so it is another kind of file; {again}")
@@ -999,6 +1143,8 @@ def load(path, keys, made_by, mmap=False):
             plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
             if not plain or value.dtype != torch.float32 or value.ndim != kind:
                 fail(f"{path}: {key!r} is not a float32 tensor of {kind} dimensions; {again}")
+            if not all(part.isfinite().all() for part in value.split(10_000)):
+                fail(f"{path}: {key!r} holds numbers that are not finite; {again}")
             contents[key] = value.detach()
     return contents
 
@@ -1026,8 +1172,6 @@ def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None, object
     made_by = f"train_teacher.py --dataset {dataset} --out_dir {out_dir}"
     contents = load(path, {"targets": 2}, made_by, mmap=True)
     targets = contents["targets"]
-    if not all(part.isfinite().all() for part in targets.split(10_000)):
-        fail(f"{path}: the targets are not all finite; make it again with train_teacher.py")
     train = load_images(dataset, "train", data_dir, image_size, limit)
     n, px, here = len(train.images), train.images.shape[-1], images_id(train.images)
     if len(targets) != n:
@@ -1044,29 +1188,31 @@ def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None, object
     return train, targets, made
 
 
-def is_done(path, stage, options, keys, targets_id=None):
-    """Whether path is there, made by these options of the stage from these targets; exits if by others.
+def is_done(path, stage, options, keys, made=()):
+    """Whether path is there, made by these options of the stage from this origin, load_targets' made; exits if
+    by others.
 
     A file that exists is a piece of work done: so a stage that is started again goes on where it stopped.
     """
     if not Path(path).exists():
         return False
     contents = load(path, keys, f"{stage}.py", mmap=True)
-    made = contents.get("options", {}).get(stage, {})
+    then = contents.get("options", {}).get(stage, {})
     for name, value in options.items():
-        if name in made and made[name] != value:
+        if name in then and then[name] != value:
             fail(
-                f"{path}: exists, made with --{name} {made[name]}, now --{name} {value}; move it away, or "
+                f"{path}: exists, made with --{name} {then[name]}, now --{name} {value}; move it away, or "
                 "choose another --out_dir"
             )
-    check_targets_id(path, contents, targets_id)
+    check_origin(path, contents, made)
     return True
 
 
-def check_targets_id(path, contents, targets_id):
-    """Exits if a file's contents were made from other targets than the run's; a fork's file may not say."""
-    if contents.get("targets_id", targets_id) != targets_id:
-        fail(f"{path}: was made from other targets than those in targets.pt now; move one of them away")
+def check_origin(path, contents, made):
+    """Exits if a file's contents are of other targets or images than the run's; a fork's file may not say."""
+    for name, what in {"targets_id": "targets than those in targets.pt", "images_id": "images"}.items():
+        if name in made and contents.get(name, made[name]) != made[name]:
+            fail(f"{path}: was made from other {what} now; move one of them away")
 
 
 def run_name(dataset):
@@ -1081,7 +1227,7 @@ def recipe(options):
     Of "imagefolder:DIR" the folder is left out: images are known by their images_id, wherever they are.
     """
     free = ["data_dir", "out_dir", "name", "device", "threads", "compile", "micro_batch"]
-    free += ["num_experts", "first_expert"]
+    free += ["num_experts", "first_expert", "deterministic", "checkpoint_minutes", "restart"]
     made = {name: value for name, value in options.items() if name not in free}
     return {**made, "dataset": made["dataset"].partition(":")[0]}
 
@@ -1116,55 +1262,261 @@ def compiled(function):
     return call
 
 
-def run(main, args):
-    """main(args), for the command line: what the machine refuses ends in one line too."""
+# A stage that is stopped goes on from its checkpoint when the same command is given again.
+
+
+def versions():
+    """What the results may depend on: {python, torch, ...: version, commit: of these scripts, or None}."""
+    packages = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
+    packages |= {"numpy": np.__version__, "scikit-learn": importlib.metadata.version("scikit-learn")}
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        commit = done.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {"commit": commit, "python": platform.python_version(), **packages}
+
+
+class Log:
+    """OUT_DIR/STAGE.jsonl, a JSON record a line; the first record of each start says how it was made.
+
+    Args:
+        args: the options of the stage.
+        ids: what else the results depend on: {images_id, targets_id, ...}, plain values.
+        options: those that the results depend on, if they are not recipe's.
+    """
+
+    def __init__(self, out_dir, stage, args, ids, options=None):
+        self.path, self.args = Path(out_dir) / f"{stage}.jsonl", args
+        # What tells this run from others; as it is read again from a file.
+        self.run = json.loads(json.dumps({**(options or recipe(vars(args))), **ids}, default=str))
+        self.begun = False
+        self.known, self.place, own = [], None, False  # earlier records of this run, and where it begins last
+        for place, record in read_records(self.path):
+            if record and "options" in record:
+                own = record.get("run") == self.run
+                self.place = (self.place if record.get("resumed") else place) if own else None
+            elif record and own:
+                self.known.append(record)
+
+    def begin(self, resumed=None, cut_at=None):
+        """Write the record of a start, of several processes the first; later calls do nothing.
+
+        resumed: {epoch: ...} of a checkpoint; cut_at: first cut the log back to so many bytes.
+        """
+        if self.begun or rank() > 0:
+            return
+        self.begun = True
+        if cut_at is not None and self.path.exists() and cut_at < self.path.stat().st_size:
+            os.truncate(self.path, cut_at)
+        launcher = ["torchrun", f"--nproc_per_node={world_size()}"] if world_size() > 1 else ["python"]
+        where = self.args.device
+        self.write(
+            command=shlex.join([*launcher, *sys.argv]),
+            options=vars(self.args),
+            run=self.run,
+            resumed=resumed or {},
+            time=time.strftime("%Y-%m-%d %H:%M:%S"),
+            **versions(),
+            device=torch.cuda.get_device_name(where) if where.startswith("cuda") else where,
+            threads=torch.get_num_threads(),
+            processes=world_size(),
+        )
+
+    def write(self, **record):
+        self.begin()
+        append(self.path, record)
+
+    def has(self, **values):
+        """Whether an earlier start of the same run has written a record with these values."""
+        values = json.loads(json.dumps(values, default=str))
+        return any(all(record.get(name) == values[name] for name in values) for record in self.known)
+
+
+_checkpoint = None  # the one that ticks: a signal then waits for the end of the step
+_signal = None  # the number of the signal that came
+
+
+class Checkpoint:
+    """A file with the state of a stage that is under way, from which the same command goes on, bit for bit.
+
+    Args:
+        path: of the file; it is replaced as a whole, and taken away by remove when the results are written.
+        args: the stage's, with checkpoint_minutes and restart.
+        log: the stage's. It begins here, cut back to the checkpoint, or if there is none to where the same
+            run began before; with own it is not cut, for others write it, too.
+        diverged: what to say, with advice, of a state that is not finite.
+        at: where a beginning is, {epoch: 0, ...}: numbers and tensors.
+        own: the work is this process's own; else the first of several processes writes for all.
+        parts: what is restored, each a module, an optimizer, a schedule, a generator or a list of such, or a
+            tensor, which is filled in place. The generators of torch itself are always among them.
+
+    After it, at is as given, or what it was when the file was written. Exits if the file is of another run
+    than the log (other options or ids), unless --restart is given.
+    """
+
+    def __init__(self, path, args, log, diverged, at, own=False, **parts):
+        self.path, self.log, self.diverged, self.at = Path(path), log, diverged, at
+        self.parts = {**parts, "torch": torch.default_generator}
+        self.writes, self.minutes = own or rank() == 0, args.checkpoint_minutes
+        self.resumed, cut_at = self.path.exists() and not args.restart, log.place
+        if self.resumed:
+            contents = read_checkpoint(self.path, log.run)
+            try:
+                for name, value in at.items():
+                    if _kind(contents["at"][name]) != _kind(value):
+                        raise ValueError(f"{name} is {contents['at'][name]!r}")
+                for name, part in self.parts.items():
+                    _restore(part, contents["parts"][name])
+                for i, state in enumerate(contents["cuda"][: torch.cuda.device_count()]):
+                    torch.cuda.set_rng_state(state, i)
+                self.at, cut_at = contents["at"], int(contents["log_bytes"])
+            except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+                reason = " ".join(str(error).split())[:160]
+                fail(f"{self.path}: does not fit ({reason}); begin anew with --restart", Fatal)
+        if not own:
+            wait_for_all()  # before the first writes the next
+        numbers = {name: value for name, value in self.at.items() if type(value) is int}
+        if self.resumed:
+            text = ", ".join(f"{name} {value}" for name, value in numbers.items())
+            print(f"going on from {self.path}: {text}", flush=True)
+        log.begin(numbers if self.resumed else None, None if own else cut_at)
+        self.saved = time.monotonic()
+
+    def tick(self, last=False, **at):
+        """To be called after each step, with what has changed of at; saves if it is time.
+
+        Where a signal came in the meantime, it saves and exits. last: no step follows.
+        """
+        global _checkpoint
+        self.at.update(at)
+        stop = _signal is not None and self.writes
+        if self.writes and (last or stop or time.monotonic() - self.saved >= 60 * self.minutes):
+            self.save()
+        _checkpoint = None if last else self
+        if stop:
+            name = signal.Signals(_signal).name
+            print(f"stopped by {name}: the same command goes on from {self.path}", file=sys.stderr)
+            raise SystemExit(128 + _signal)
+
+    def save(self):
+        """Write the file; exits if a number of the state is not finite, and the one before it stays."""
+        contents = {
+            "parts": {name: _state(part) for name, part in self.parts.items()},
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "at": self.at,
+            "log_bytes": self.log.path.stat().st_size if self.log.path.exists() else 0,
+            "run": self.log.run,
+        }
+        if not _finite(contents):
+            fail(f"{self.diverged}; {self.kept()}")
+        save(self.path, contents)
+        self.saved = time.monotonic()
+
+    def kept(self):
+        """A clause that says what is there after an error."""
+        return f"{self.path} holds the last good state" if self.path.exists() else "no checkpoint was due yet"
+
+    def remove(self):
+        """Take the file away, when the results are there; not while others may still read it."""
+        if self.writes:
+            self.path.unlink(missing_ok=True)
+
+
+def read_checkpoint(path, run):
+    """The contents of a checkpoint; exits if its run, {option or id: value}, is another."""
+    contents = load(path, dict.fromkeys(("parts", "cuda", "at", "log_bytes", "run")), "--restart")
+    then = contents["run"] if isinstance(contents["run"], dict) else {}
+    for name in {**then, **run}:
+        if then.get(name) != run.get(name):
+            fail(
+                f"{path}: was begun with --{name} {then.get(name)}, now --{name} {run.get(name)}; give what "
+                "it was begun with, or begin anew with --restart"
+            )
+    if not _finite(contents):
+        fail(f"{path}: holds what is not a finite number; begin anew with --restart")
+    return contents
+
+
+def _kind(value):
+    return (type(value), *((value.shape, value.dtype) if isinstance(value, torch.Tensor) else ()))
+
+
+def _state(part):
+    if isinstance(part, list):
+        return [_state(p) for p in part]
+    if isinstance(part, torch.Tensor):
+        return part.detach()
+    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def _restore(part, state):
+    if isinstance(part, list):
+        for p, s in zip(part, state, strict=True):
+            _restore(p, s)
+    elif isinstance(part, torch.Tensor):
+        if part.shape != state.shape:
+            raise ValueError(f"{tuple(state.shape)} where {tuple(part.shape)} should be")
+        part.data.copy_(state)
+    elif isinstance(part, torch.Generator):
+        if len(state) == len(part.get_state()):
+            part.set_state(state)
+        else:  # that of another kind of device
+            part.manual_seed(int(state.sum()))
+    else:
+        part.load_state_dict(state)
+
+
+def _finite(state):
+    if isinstance(state, torch.Tensor):
+        return state.layout == torch.strided and bool(state.isfinite().all())
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else []
+    return all(_finite(part) for part in parts)
+
+
+def first_not_finite(losses):
+    """The index of the first loss of losses (n,) that is not finite; None if all are."""
+    bad = (~losses.isfinite()).nonzero()
+    return bad[0].item() if len(bad) else None
+
+
+def _on_signal(number, frame):
+    """SIGTERM and Ctrl-C: the step under way is finished, for tick to save; a second Ctrl-C does not wait."""
+    global _signal
+    twice = number == _signal == signal.SIGINT
+    if _checkpoint is None or twice:
+        raise SystemExit(128 + number)
+    _signal = number
+
+
+def run(main, args, smaller="a smaller --batch_size or --width"):
+    """main(args), for the command line: what the machine refuses ends in one line too.
+
+    smaller: what to choose where there is not enough memory.
+    """
     keep_memory()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no half files stay
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_signal)
     sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to stop
     try:
         main(args)
         if world_size() > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except torch.OutOfMemoryError as error:
-        fail(f"the device is out of memory ({str(error).splitlines()[0]}); choose a smaller batch or --limit")
-    except RuntimeError as error:
-        if world_size() > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if world_size() > 1 and ("gloo" in text or isinstance(error, torch.distributed.DistError)):
             fail(f"process {rank()}: another one ended; what it said, or torchrun's report, tells why")
-        if "allocate memory" not in str(error):
+        if "deterministic implementation" in text:
+            fail(f"--deterministic: {text.split('.')[0]}; leave it out")
+        signs = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
+        if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
             raise
-        fail("the machine is out of memory; choose a smaller batch, --width or --limit")
+        where = "the device" if isinstance(error, torch.OutOfMemoryError) else "the machine"
+        kept = f"; {_checkpoint.kept()}" if _checkpoint else ""
+        fail(f"{where} is out of memory ({(text or 'MemoryError').splitlines()[0]}); choose {smaller}{kept}")
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        if rank() == 0:
-            print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-class Log:
-    """OUT_DIR/STAGE.jsonl, a JSON record a line; of several processes, the first writes how it began."""
-
-    def __init__(self, out_dir, stage, options):
-        self.path = Path(out_dir) / f"{stage}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        where = options["device"]
-        if where.startswith("cuda"):
-            where = torch.cuda.get_device_name(where)
-        if rank() == 0:
-            launcher = ["torchrun", f"--nproc_per_node={world_size()}"] if world_size() > 1 else ["python"]
-            self.write(
-                command=shlex.join([*launcher, *sys.argv]),
-                options=options,
-                time=time.strftime("%Y-%m-%d %H:%M:%S"),
-                torch=torch.__version__,
-                device=where,
-                threads=torch.get_num_threads(),
-                processes=world_size(),
-            )
-
-    def write(self, **record):
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, default=str) + "\n")
 
 
 class Progress:
@@ -1174,21 +1526,25 @@ class Progress:
         what: is counted: "epoch".
         total: how many there will be.
         size, unit: of one of them, for the speed: 50,000 "images".
+        before: how many an earlier start has done.
     """
 
-    def __init__(self, what, total, size, unit, interval=5.0):
+    def __init__(self, what, total, size, unit, interval=5.0, before=0):
         self.what, self.total, self.size, self.unit, self.interval = what, total, size, unit, interval
         self.started = self.said = time.time()
-        self.then, self.ended = 0, False
+        self.before, self.then, self.ended = before, before, False
 
     def __call__(self, done, **values):
-        """done of total, also between two: 3.4 epochs; values: what else to show, {name: text or number}."""
+        """done of total, also between two: 3.4 epochs; values: what else to show, {name: text or number}.
+
+        Returns whether it said something.
+        """
         now = time.time()
         if self.ended or (now - self.said < self.interval and done < self.total):
-            return
+            return False
         self.ended = done >= self.total
         if self.ended:  # the speed of the whole; before, that of the last seconds
-            self.then, self.said = 0, self.started
+            self.then, self.said = self.before, self.started
         rate = (done - self.then) / max(now - self.said, 1e-9)
         speed, left = rate * self.size, (self.total - done) / max(rate, 1e-9)
         texts = {k: f"{v:.4f}" if isinstance(v, (float, torch.Tensor)) else v for k, v in values.items()}
@@ -1201,3 +1557,4 @@ class Progress:
         at = f"{done:.1f}" if done != int(done) else f"{int(done)}"
         print(f"{self.what} {at}/{self.total}: {', '.join(shown)}", flush=True)
         self.said, self.then = now, done
+        return True

@@ -14,6 +14,7 @@ Reads:  OUT/targets.pt, OUT/experts/*.pt (MKDT, high-loss subset) and the data s
 Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,) and std (C,); targets (S, D)
                              float32; lr: a float; indices (S,) int64 of the real images at the start}
         OUT/sets/NAME.png   some of the images, start above result
+        OUT/sets/NAME.checkpoint, until then: started again, the same command goes on from there
 
     python distill.py                             # 2 % of CIFAR-10, from the high-loss subset: mkdt_high_loss
     python distill.py --init random --iters 0     # the random subset itself, a baseline: subset_random
@@ -24,9 +25,13 @@ Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,
 """
 
 import argparse
+import collections
+import functools
 import itertools
 import math
 import re
+import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -96,10 +101,8 @@ def parse_args(argv=None):
     krr.add_argument("--batch_real", type=positive, default=1024, help="real images an iteration")
     krr.add_argument("--ridge", type=number, default=1e-6, help="lambda, as a share of the kernel's trace")
     parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
-    parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     precision = "tf32: products on a GPU are rounded to 10 bits; in bf16 the gradient would be 8 %% off"
-    parser.add_argument("--precision", choices=["fp32", "tf32"], default="fp32", help=precision)
+    common.add_run_options(parser, ("fp32", "tf32"), precision)
     fused = "fuse a student's step by torch.compile (not with SSL): faster, after a minute or two"
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=fused)
     args = parser.parse_args(argv)
@@ -252,11 +255,12 @@ def draw_batches(size, batch_size, steps, generator, smallest=1):
     return batches[:steps]
 
 
-def trajectory_losses(args, net, loss_fn, images, targets, lr, paths, trajectories, generator):
-    """MKDT: yields (matching loss, what was drawn) without end, each differentiable in the synthetic set.
+def trajectory_losses(args, net, loss_fn, images, targets, lr, trajectories, generator):
+    """MKDT: yields (matching loss, what was drawn, None) without end, differentiable in the synthetic set.
 
     net gives the shape of the students; loss_fn is make_objective's, in the paper eq. 5; images
-    (S, C, H, W), targets (S, D) and lr are the set as it is now; paths and trajectories are load_experts'.
+    (S, C, H, W), targets (S, D) and lr are the set as it is now; trajectories are load_experts'. Every
+    process yields its own of an iteration's --segments.
     """
     draws = torch.Generator(args.device)
     ssl, functions = args.objective in common.SSL, None
@@ -276,16 +280,12 @@ def trajectory_losses(args, net, loss_fn, images, targets, lr, paths, trajectori
         batches = draw_batches(len(images), args.batch_syn, args.syn_steps, generator, 2 if ssl else 1)
         return k, t, batches, torch.randint(2**31, (), generator=generator).item() if ssl else 0
 
-    # Every process draws all segments, so that their generators stay alike, and takes its own.
-    rounds = (draw_segment() for _ in itertools.count())
-    for k, t, batches, seed in itertools.islice(rounds, common.rank(), None, common.world_size()):
+    # Every process draws all segments of an iteration, so that the generators stay alike, and takes its own.
+    iterations = ([draw_segment() for _ in range(args.segments)] for _ in itertools.count())
+    mine = (segments[common.rank() :: common.world_size()] for segments in iterations)
+    for k, t, batches, seed in itertools.chain.from_iterable(mine):
         start = trajectories[k][t].to(args.device)
         goal = trajectories[k][t + args.expert_epochs].to(args.device)
-        if not (start.isfinite().all() and goal.isfinite().all()):
-            with common.own_work():
-                common.fail(
-                    f"{paths[k]}: its weights are not all finite; make it again with train_experts.py"
-                )
 
         def step_loss(theta, x, z, n, seed=seed):
             draws.manual_seed(seed + n)  # on the way back, step n sees its views again
@@ -294,7 +294,7 @@ def trajectory_losses(args, net, loss_fn, images, targets, lr, paths, trajectori
         theta = student_steps(
             step_loss, start, images, targets, lr, batches, args.inner_momentum, functions, args.micro_batch
         )
-        yield matching_loss(theta, start, goal), {"expert": k, "start_epoch": t}
+        yield matching_loss(theta, start, goal), {"expert": k, "start_epoch": t}, None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -332,26 +332,50 @@ class PoolStudent:
             self.optimizer.step()
         self.steps += steps
 
+    def state_dict(self):
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": self.steps}
 
-def regression_losses(args, make_net, images, targets, train, all_targets, generator):
-    """KRR-ST: yields (loss, what was drawn) without end, differentiable in images and targets of the set.
+    def load_state_dict(self, state):
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
 
-    The loss is the error of kernel_ridge on a batch of real images, with the features of a student of the
-    pool; the student then takes a step on the set, or after --pool_steps starts anew, as does its counter
-    (differs: in the authors' code the counter stays, and the student is new each time from then on).
-    make_net() is a fresh student; train is the ImageSet with all_targets (N, D).
-    """
 
-    def new_student():
-        return PoolStudent(make_net, torch.randint(2**31, (), generator=generator).item())
+def make_pool(args, make_net, generator):
+    """The students of KRR-ST's pool, fresh ones."""
+    return [new_student(make_net, generator) for _ in range(args.pool_size)]
 
-    real = common.place([train.images, all_targets], args.device)
-    exact = torch.float32 if args.device.startswith("mps") else torch.float64  # lambda is small
-    pool = [new_student() for _ in range(args.pool_size)]
+
+def new_student(make_net, generator):
+    return PoolStudent(make_net, torch.randint(2**31, (), generator=generator).item())
+
+
+def train_pool(args, pool, images, targets, generator):
+    """Bring each student of the pool to another point of its training."""
     progress = common.Progress("student of KRR-ST's pool", args.pool_size, 1, "students")
-    for i, student in enumerate(pool, 1):  # each at another point of its training
+    for i, student in enumerate(pool, 1):
         student.train(images, targets, torch.randint(args.pool_steps, (), generator=generator).item())
         progress(i)
+
+
+def regression_losses(args, make_net, pool, images, targets, train, all_targets, generator):
+    """KRR-ST: yields (loss, what was drawn, then) without end, differentiable in the set.
+
+    The loss is the error of kernel_ridge on a batch of real images, with the features of a student of the
+    pool. then() is to be called when the set has been updated: the student takes a step on it, or after
+    --pool_steps starts anew, as does its counter (differs: in the authors' code the counter stays, and the
+    student is new each time from then on).
+    make_net() is a fresh student, pool is make_pool's; train is the ImageSet with all_targets (N, D).
+    """
+    real = common.place([train.images, all_targets], args.device)
+    exact = torch.float32 if args.device.startswith("mps") else torch.float64  # lambda is small
+
+    def train_student(k):
+        if pool[k].steps < args.pool_steps:
+            pool[k].train(images, targets)
+        else:
+            pool[k] = new_student(make_net, generator)
+
     while True:
         k = torch.randint(len(pool), (), generator=generator).item()
         batch = torch.randperm(len(train.images), generator=generator)[: args.batch_real]
@@ -363,11 +387,8 @@ def regression_losses(args, make_net, images, targets, train, all_targets, gener
             predicted = kernel_ridge(features, targets.to(exact), queries, args.ridge)
         except torch.linalg.LinAlgError:
             common.fail(f"the kernel of student {k} is singular: choose a --ridge above {args.ridge:g}")
-        yield F.mse_loss(predicted, z.to(exact)), {"student": k, "steps": pool[k].steps}
-        if pool[k].steps < args.pool_steps:
-            pool[k].train(images, targets)
-        else:
-            pool[k] = new_student()
+        drawn = {"student": k, "steps": pool[k].steps}
+        yield F.mse_loss(predicted, z.to(exact)), drawn, functools.partial(train_student, k)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -476,7 +497,7 @@ def students_objective(args, folder):
 
 
 def load_experts(folder, num_images, num_parameters, made, count=None):
-    """The experts of a run: (paths, trajectories (E + 1, P), example losses (N,) of each, options so far).
+    """The experts of a run: (trajectories (E + 1, P), example losses (N,) of each, options so far).
 
     Both stay on disk until they are read. count: the first so many, None for all. Exits if a file does not
     belong to the others, to these targets (made is load_targets') or to this student.
@@ -497,9 +518,9 @@ def load_experts(folder, num_images, num_parameters, made, count=None):
                 f"{path}: students have P = {trajectory.shape[1]} parameters, here P = {num_parameters}; "
                 "give the --width, --depth and --image_size of train_experts.py, or make the experts again"
             )
-        if loss.shape != (num_images,) or not loss.isfinite().all():
-            common.fail(f"{path}: does not hold {num_images} finite example losses; make it again")
-        common.check_targets_id(path, expert, made["targets_id"])
+        if loss.shape != (num_images,):
+            common.fail(f"{path}: does not hold {num_images} example losses; make it again")
+        common.check_origin(path, expert, made)
         if (trajectory.shape, options) != first:
             common.fail(
                 f"{path}: was made with other options than {paths[0]}; make them all again with the same, "
@@ -507,7 +528,7 @@ def load_experts(folder, num_images, num_parameters, made, count=None):
             )
         trajectories.append(trajectory)
         losses.append(loss)
-    return paths, trajectories, losses, {**made["options"], **first[1]}
+    return trajectories, losses, {**made["options"], **first[1]}
 
 
 def save_picture(path, start, result, stats, count=30, columns=10):
@@ -516,7 +537,8 @@ def save_picture(path, start, result, stats, count=30, columns=10):
     rows = [part[i : i + columns] for i in starts for part in (start, result)]
     images = common.denormalise(torch.cat([row.cpu() for row in rows]), *stats)
     images = F.interpolate(images, scale_factor=max(1, 48 // images.shape[-1]), mode="nearest")
-    torchvision.utils.save_image(images, path, nrow=columns, padding=2, pad_value=1.0)
+    with common.replacing(path) as temporary:
+        torchvision.utils.save_image(images, temporary, format="png", nrow=columns, padding=2, pad_value=1.0)
 
 
 def main(args):
@@ -536,10 +558,13 @@ def main(args):
         del options["segments"]
     path = args.out_dir / "sets" / f"{args.name}.pt"
     keys = {"images": 4, "targets": 2, "lr": float}
-    if common.is_done(path, "distill", options, keys, made["targets_id"]):
+    if common.is_done(path, "distill", options, keys, made):
+        path.with_suffix(".checkpoint").unlink(missing_ok=True)  # where it was killed just then
         print(f"{path} is there: nothing to do")
         return
     common.wait_for_all()  # or the others might find what the first has made
+    if common.rank() == 0 and not common.claim(args.out_dir, path):
+        common.fail(f"{path}: another run is making it; wait for it, or choose another --name or --out_dir")
     n, channels, px = train.images.shape[:3]
     stats = (train.mean, train.std)
     size = int(args.fraction * n)  # S
@@ -559,9 +584,9 @@ def main(args):
     def make_net():
         return common.ConvNet(*shape).to(args.device)
 
-    net, paths, trajectories = make_net(), [], []
+    net, trajectories = make_net(), []
     if reads_experts:
-        paths, trajectories, example_losses, made["options"] = load_experts(
+        trajectories, example_losses, made["options"] = load_experts(
             folder, n, common.flatten(net).numel(), made, args.max_experts
         )
         epochs, needed = len(trajectories[0]) - 1, args.max_start_epoch - 1 + args.expert_epochs
@@ -581,42 +606,58 @@ def main(args):
     images = start_images.clone().requires_grad_()  # D_syn
     targets = all_targets[indices].to(args.device)  # Z_syn
     lr = torch.tensor(args.lr_init, device=args.device)  # alpha_syn
+    pool = []
     if matching:
         groups = [{"params": images, "lr": args.lr_img}, {"params": lr.requires_grad_(), "lr": args.lr_lr}]
         if args.lr_targets > 0:
             groups.append({"params": targets.requires_grad_(), "lr": args.lr_targets})
         optimizer = torch.optim.SGD(groups, momentum=args.momentum)
         loss_fn = common.make_objective(args.objective, train, args.precision)
-        losses = trajectory_losses(args, net, loss_fn, images, targets, lr, paths, trajectories, generator)
+        losses = trajectory_losses(args, net, loss_fn, images, targets, lr, trajectories, generator)
     else:
         optimizer = torch.optim.AdamW([images, targets.requires_grad_()], args.lr_img, weight_decay=0)
-        losses = regression_losses(args, make_net, images, targets, train, all_targets, generator)
+        pool = make_pool(args, make_net, generator)
+        losses = regression_losses(args, make_net, pool, images, targets, train, all_targets, generator)
     last_factor = 1.0 if matching else 1e-3  # KRR-ST: linear decay of the lr
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last_factor, max(1, args.iters))
-    log = common.Log(args.out_dir, f"distill_{args.name}", vars(args))
     learnt = [leaf for group in optimizer.param_groups for leaf in group["params"]]
-    progress = common.Progress(f"{args.name}: iteration", args.iters, 1, "iterations")
+    ids = {k: made[k] for k in ("images_id", "targets_id")}
+    ids |= {"experts": len(trajectories), "start": common.fingerprint(indices)}
+    log = common.Log(args.out_dir, f"distill_{args.name}", args, ids)
+    parts = dict(images=images, targets=targets, lr=lr, optimizer=optimizer, schedule=schedule)
+    parts |= dict(generator=generator, pool=pool)
+    diverged = f"the set diverged: choose a smaller --lr_img than {args.lr_img:g}"
+    at = {"iteration": 0}
+    checkpoint = common.Checkpoint(path.with_suffix(".checkpoint"), args, log, diverged, at, **parts)
+    done = checkpoint.at["iteration"]
+    if args.iters and not done:
+        train_pool(args, pool, images, targets, generator)
+    progress = common.Progress(f"{args.name}: iteration", args.iters, 1, "iterations", before=done)
 
-    began = time.time()
+    began, recent = time.time(), collections.deque(maxlen=10)
     own = args.segments // common.world_size() if matching else 1  # of this process
-    for it in range(1, args.iters + 1):
+    for it in range(done + 1, args.iters + 1):
         optimizer.zero_grad()
-        total, drawn = torch.zeros((), device=args.device), []
-        for loss, what in itertools.islice(losses, own):
+        total, drawn, afterwards = torch.zeros((), device=args.device), [], []
+        for loss, what, then in itertools.islice(losses, own):
             (loss / own).backward()
             total += loss.detach() / own
             drawn.append(what)
+            afterwards += [then] if then else []
         common.average(total, *(leaf.grad for leaf in learnt))
         norm = torch.nn.utils.clip_grad_norm_(images, args.clip_grad or math.inf).item()
         optimizer.step()
         schedule.step()
         lr.data.clamp_(min=args.lr_init / 1000)  # alpha_syn stays positive
+        for then in afterwards:
+            then()
 
         value = total.item()
+        recent.append(value)
         if not (math.isfinite(value) and lr.isfinite() and images.isfinite().all()):
             common.fail(
                 f"the loss is {value} in iteration {it} (lr {lr.item():.3g}): choose a smaller --lr_img than "
-                f"{args.lr_img:g}, or a smaller --lr_lr or --lr_init"
+                f"{args.lr_img:g}, or a smaller --lr_lr or --lr_init; {checkpoint.kept()}"
             )
         moved = (images.detach() - start_images).abs().mean().item()
         kind = "matching_loss" if matching else "regression_loss"
@@ -626,10 +667,10 @@ def main(args):
             log.write(**record, gradient_norm=norm, seconds=round(time.time() - began, 4))
         began = time.time()
         progress(it, **{kind: value}, lr=lr, pixels_moved=moved)
+        checkpoint.tick(last=it == args.iters, iteration=it)
 
     if common.rank() > 0:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_picture(path.with_suffix(".png"), start_images, images.detach(), stats)
     common.save(path, {
         "images": images.detach().cpu(),
@@ -641,8 +682,16 @@ def main(args):
         **made,
         "options": {**made["options"], "distill": options},
     })  # fmt: skip
+    checkpoint.remove()
     print(f"wrote {path} and .png: {size} images, lr {lr.item():.4f}")
+    if matching and recent and statistics.mean(recent) > 2:
+        print(
+            f"warning: {path}: the matching loss ended at {statistics.mean(recent):.3g}, and a student that "
+            "does not move has 1: the set ran off; choose a smaller --lr_img or --lr_init, or --clip_grad",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":
-    common.run(main, parse_args())
+    smaller = "a smaller --micro_batch (the same result), --batch_syn or --width; KRR-ST: --batch_real"
+    common.run(main, parse_args(), smaller)

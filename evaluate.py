@@ -7,6 +7,7 @@ images of a seed are the same for all sets, and a smaller fraction is part of a 
 
 Reads:  OUT/sets/*.pt, OUT/targets.pt (for "full") and the data sets.
 Writes: OUT/results.jsonl   one record an accuracy; a stage that is started again only adds what is missing
+        OUT/evaluate_*.checkpoint, until an encoder is judged: the same command goes on from there
         OUT/NAME.md         the tables: mean, standard deviation, paired difference to the random subset
         OUT/NAME.png        the same as a figure, if matplotlib is installed
 
@@ -127,10 +128,7 @@ def parse_args(argv=None):
     )
     val = "val: on every fifth training image, whose labels are held out; to choose options by"
     probe.add_argument("--split", choices=["test", "val"], default="test", help=val)
-    parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
-    precision = dict(choices=["fp32", "tf32", "bf16"], default="fp32", help=common.PRECISION_HELP)
-    parser.add_argument("--precision", **precision)
+    common.add_run_options(parser)
     args = parser.parse_args(argv)
     beside = args.figure1[0].parent if args.figure1 else Path("runs") / common.run_name(args.dataset)
     args.out_dir = args.out_dir or beside
@@ -169,12 +167,13 @@ def make_encoder(args, out_dim, image_size, channels):
     return common.ResNet(blocks, out_dim, channels, args.width, lambda w: nn.GroupNorm(w, w), strides)
 
 
-def pretrain(net, objective, images, targets, data, lr, args, seed, tick=None):
+def pretrain(net, objective, images, targets, data, lr, args, seed, tick=None, resume=None):
     """Train net in place on a set: by SGD on the MSE to its targets (objective "kd", eq. 9), or by SSL.
 
     "krr_st" is "kd" with the recipe of KRR-ST (Lee et al., ICLR 2024). SSL sees the images alone, in two
     random views, and trains by Adam, as the paper does (appendix A.2). images (S, C, H, W) are normalised by
-    the mean and std of data, an ImageSet, or uint8. tick(share done, loss) is called in every step.
+    the mean and std of data, an ImageSet, or uint8. tick(share done, loss) is called in every step;
+    resume(at, optimizer=optimizer, draws=draws) makes the encoder's Checkpoint.
     """
     epochs = args.krr_st_epochs if objective == "krr_st" else args.epochs
     net.train()
@@ -189,12 +188,15 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, tick=None):
     else:
         optimizer = torch.optim.SGD(net.parameters(), lr, args.momentum, weight_decay=args.weight_decay)
 
-    steps = 0
+    checkpoint = resume({"step": 0}, optimizer=optimizer, draws=draws) if resume else None
+    steps, done = 0, checkpoint.at["step"] if checkpoint else 0
     smallest = 2 if objective in common.SSL or args.arch != "convnet" else 1  # to contrast, or for BatchNorm
     for epoch in range(epochs):
         batches = torch.randperm(len(images), generator=order).split(args.batch_size)
         batches = [batch for batch in batches if len(batch) >= smallest]
-        for i, (x, z) in enumerate(common.fetch([images, targets], batches, args.device)):
+        skipped = min(len(batches), max(0, done - steps))
+        steps += skipped
+        for i, (x, z) in enumerate(common.fetch([images, targets], batches[skipped:], args.device), skipped):
             steps += 1
             loss = loss_fn(net, x, z, draws)
             optimizer.zero_grad()
@@ -202,6 +204,8 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, tick=None):
             optimizer.step()
             if tick:
                 tick((epoch + (i + 1) / len(batches)) / epochs, loss)
+            if checkpoint:
+                checkpoint.tick(last=epoch + 1 == epochs and i + 1 == len(batches), step=steps)
     if not steps:
         common.fail(f"{len(images)} images in batches of {args.batch_size}: {objective} needs two in a batch")
 
@@ -309,8 +313,8 @@ def finetune(net, name, train, test, fractions, args, seed):
     return accuracies
 
 
-def load_set(path, channels, image_size, out_dim, targets_id):
-    """A set's (images, targets, lr); exits if it does not fit the student or is of other targets."""
+def load_set(path, channels, image_size, out_dim, made):
+    """A set's (images, targets, lr); exits if it does not fit the student or is of another origin."""
     contents = common.load(path, {"images": 4, "targets": 2, "lr": float}, "distill.py")
     images, targets = contents["images"], contents["targets"]
     shape = (channels, image_size, image_size)
@@ -323,9 +327,7 @@ def load_set(path, channels, image_size, out_dim, targets_id):
         common.fail(
             f"{path}: has targets of D = {targets.shape[1]}, targets.pt of D = {out_dim}; make it again"
         )
-    common.check_targets_id(path, contents, targets_id)
-    if not (images.isfinite().all() and targets.isfinite().all()):
-        common.fail(f"{path}: images and targets are not all finite; make it again with distill.py")
+    common.check_origin(path, contents, made)
     return images, targets, contents["lr"]
 
 
@@ -375,16 +377,12 @@ def key(record):
 
 def read_results(path):
     """The records of results.jsonl; a line that is broken (a run was killed while writing it) is left out."""
-    records, text = [], path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    if text and not text.endswith("\n"):
-        with open(path, "a") as file:  # so that the next record starts a line of its own
-            file.write("\n")
-    for i, line in enumerate(text.splitlines(), 1):
+    records = []
+    for i, (_, record) in enumerate(common.read_records(path), 1):
         try:
-            record = json.loads(line)
             plain = type(record["accuracy"]) in (int, float)
             usable = plain and hash(key(record)) and record["options"] and 0 <= record["accuracy"] <= 100
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (KeyError, TypeError):
             usable = False
         if usable:
             records.append(record)
@@ -578,16 +576,8 @@ def write_figure(path, figure, lines):
     figure.axes[-1].legend(
         lines.values(), lines, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5)
     )
-    temporary = path.with_name(f"{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
-
-
-def write_text(path, text):
-    """Write a text file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with common.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def save_figure(path, cells, rows, downstream, fractions):
@@ -637,7 +627,7 @@ def write_tables(args, cells, rows, paper):
         figures = "three seeds, std with divisor n, from results/paper.csv" if paper else "not known here"
         caption += f" The paper's figures: {figures}."
     path = args.out_dir / f"{args.name}.md"
-    write_text(path, f"{tables}\n{caption}\n")
+    common.write_text(path, f"{tables}\n{caption}\n")
     save_figure(args.out_dir / f"{args.name}.png", cells, rows, args.downstream, args.fractions)
     print(f"\n{tables}\n{caption}\nwrote {path} and results.jsonl")
 
@@ -669,10 +659,8 @@ def read_curve(run):
     try:
         found, recipe = {}, {}  # of the last start of train_experts.py, and of earlier ones with its options
         for record in read(run / "train_experts.jsonl"):
-            if "options" in record:
-                if common.recipe(record["options"]) != recipe:
-                    found, recipe = {}, common.recipe(record["options"])
-                found.pop("trajectory_variance", None)
+            if "options" in record and common.recipe(record["options"]) != recipe:
+                found, recipe = {}, common.recipe(record["options"])
             found |= record
         options = found["options"]
         name, batch_size, experts = (options[key] for key in ("objective", "batch_size", "num_experts"))
@@ -685,7 +673,8 @@ def read_curve(run):
         steps = []  # of the only set that was matched
         for path in run.glob("distill_*.jsonl"):
             records = read(path)
-            last = max(i for i, record in enumerate(records) if "options" in record)  # start of the stage
+            starts = (i for i, r in enumerate(records) if "options" in r and not r.get("resumed"))
+            last = max(starts)  # of the stage
             matched = [record for record in records[last:] if "matching_loss" in record]
             if matched and steps:
                 common.fail(
@@ -758,11 +747,10 @@ def read_figure(curves):
 def figure1(args):
     """The paper's figure 1 from the logs of the runs: OUT/NAME.png, NAME.jsonl (its numbers) and NAME.md."""
     curves = [read_curve(run) for run in args.figure1]
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / f"{args.name}.md"
     reading = read_figure(curves)
-    write_text(path.with_suffix(".jsonl"), "".join(json.dumps(curve) + "\n" for curve in curves))
-    write_text(path, reading)
+    common.write_text(path.with_suffix(".jsonl"), "".join(json.dumps(curve) + "\n" for curve in curves))
+    common.write_text(path, reading)
     parts = [  # key, title, x
         ("trajectory_variance", "1a: variance of trajectories", "epoch"),
         ("relative_variance", "relative to the squared distance", "epoch"),
@@ -805,6 +793,8 @@ def main(args):
             with common.own_work(), contextlib.redirect_stderr(stderr):
                 return function(*arguments)
         except SystemExit as error:
+            if error.code != 2 or isinstance(error, common.Fatal):  # a signal, a full disk
+                raise
             failures.append(error)
             return None
 
@@ -814,7 +804,7 @@ def main(args):
     for name in sum(rows.values(), []):
         if name not in sets:
             path = folder / f"{name}.pt"
-            sets[name] = attempt(load_set, path, channels, px, all_targets.shape[1], made["targets_id"])
+            sets[name] = attempt(load_set, path, channels, px, all_targets.shape[1], made)
     set_id = {name: common.fingerprint(*parts) for name, parts in sets.items() if parts and name != "none"}
     downstream, fractions = {}, {}  # name -> (train ImageSet, test ImageSet); name -> labelled parts
     for d in args.downstream:
@@ -840,8 +830,15 @@ def main(args):
         older = {"precision": "fp32"}  # what they do not say
         return {key(r): r["accuracy"] for r in records if older | r["options"] == options}
 
+    log = common.Log(args.out_dir, "evaluate", args, {}, options)
+    for path in args.out_dir.glob("evaluate_*.checkpoint") if not args.restart else ():
+        common.read_checkpoint(path, log.run)
+    if common.rank() == 0 and not common.claim(args.out_dir, results):
+        common.fail(f"{results}: another run adds to it; wait for it, or choose another --out_dir")
     known = read_known()
-    log = common.Log(args.out_dir, "evaluate", vars(args))
+
+    def checkpoint_path(name, objective, seed):
+        return args.out_dir / f"evaluate_{set_id.get(name)}_{objective}_{seed}.checkpoint"
 
     def encoder(name, objective, seed, tick):
         """A fresh encoder, pre-trained on a set."""
@@ -850,10 +847,15 @@ def main(args):
         net = make_encoder(args, all_targets.shape[1], px, channels).to(args.device)
         if images is not None:
             images, targets = common.place([images, targets], args.device)
-            pretrain(net, objective, images, targets, train, lr, args, SEEDS + seed, tick)
-        if not all(p.isfinite().all() for p in net.parameters()):
-            lr = {"kd": lr, "krr_st": KRR_ST["lr"]}.get(objective, args.ssl_lr)
-            common.fail(f"pre-training on {name} by {objective}, seed {seed}, diverged: its lr is {lr:.3g}")
+
+            rate = {"kd": lr, "krr_st": KRR_ST["lr"]}.get(objective, args.ssl_lr)
+            diverged = f"pre-training on {name} by {objective}, seed {seed}, diverged: its lr is {rate:.3g}"
+
+            def resume(at, **parts):
+                path = checkpoint_path(name, objective, seed)
+                return common.Checkpoint(path, args, log, diverged, at, own=True, net=net, **parts)
+
+            pretrain(net, objective, images, targets, train, lr, args, SEEDS + seed, tick, resume)
         return net
 
     def records(name, objective, seed):
@@ -870,10 +872,10 @@ def main(args):
         """Adds to results.jsonl and to known what is missing there of a set and a seed."""
         cells, began = records(name, objective, seed), time.time()
         missing = list(dict.fromkeys(d for (d, _), record in cells.items() if key(record) not in known))
-        if not missing:
-            return
-        net = encoder(name, objective, seed, tick)
-        log.write(set=name, pretrain=objective, seed=seed, pretrain_seconds=round(time.time() - began, 3))
+        net = encoder(name, objective, seed, tick) if missing else None
+        said = {"set": name, "set_id": set_id.get(name), "pretrain": objective, "seed": seed}
+        if missing and not log.has(**said):
+            log.write(**said, pretrain_seconds=round(time.time() - began, 3))
         for d in missing:
             if args.protocol == "linear":
                 accuracies = probe(net, *downstream[d], fractions[d], args, seed)
@@ -882,10 +884,9 @@ def main(args):
             for f, value in accuracies.items():
                 record = cells[d, f]
                 if key(record) not in known:
+                    common.append(results, {**record, "accuracy": value, "options": options})
                     known[key(record)] = value
-                    line = json.dumps({**record, "accuracy": value, "options": options})
-                    with open(results, "a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+        checkpoint_path(name, objective, seed).unlink(missing_ok=True)
 
     work = [
         (name, objective, seed)
@@ -919,4 +920,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    common.run(main, parse_args())
+    common.run(main, parse_args(), "a smaller --batch_size or --width, or fewer --fractions")

@@ -7,10 +7,13 @@ Reads:  OUT/targets.pt and the data set.
 Writes: OUT/experts/0000.pt ...   one file an expert,
             {trajectory (E + 1, P) float32: its weights at the start and after each epoch,
              example_loss (N,) float32: each image's loss after the first epoch}
+        OUT/experts/0000.checkpoint, until then: started again, the same command goes on from there
 
     python train_experts.py                                          # K = 100, the paper's CIFAR-10 setting
     python train_experts.py --first_expert 50 --num_experts 50       # the second half, on another machine
     torchrun --nproc_per_node 4 train_experts.py                     # on four GPUs, each its experts
+
+Started several times in one folder at once, the processes share the experts between them.
 
 The paper trains for 20 epochs. Distillation reads the weights of epochs 0 to T+ - 1 + M only, and the lr is
 constant, so the default is to stop there, at 3 of 20: the same trajectories for a seventh of the work.
@@ -25,7 +28,6 @@ the views) alone, and has the variance of the gradient at the start and at the e
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -68,10 +70,7 @@ def parse_args(argv=None):
     kd.add_argument("--weight_decay", type=number, help="default: 1e-4, supervised 0, SSL 1e-6")
     kd.add_argument("--out_dim", type=positive, help="SSL: outputs (default: Barlow Twins 1024, SimCLR 128)")
     parser.add_argument("--seed", type=natural, default=0, help="expert k is seeded by seed + k")
-    parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
-    precision = dict(choices=["fp32", "tf32", "bf16"], default="fp32", help=common.PRECISION_HELP)
-    parser.add_argument("--precision", **precision)
+    common.add_run_options(parser)
     fused = "fuse the student's operations by torch.compile: faster, after a minute"
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=fused)
     args = parser.parse_args(argv)
@@ -85,12 +84,13 @@ def parse_args(argv=None):
     return args
 
 
-def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None, tick=None):
+def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None, tick=None, resume=None):
     """Train one student; returns its trajectory (E + 1, P), example losses (N,) and last loss, on the CPU.
 
     net is on the device, images (N, C, H, W) uint8 and targets (N, D) there too or on the CPU; loss_fn is
     make_objective's, stats are the data set's mean and std; forward: net, compiled; tick(share done, loss) is
-    called in every step. SSL has no loss of a single example: 0.
+    called in every step; resume(at, optimizer=optimizer, draws=draws) makes the expert's Checkpoint. SSL has
+    no loss of a single example: 0.
     """
     forward = forward or net
     order = torch.Generator().manual_seed(seed)
@@ -100,22 +100,40 @@ def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None,
         optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-    trajectory, example_loss = [common.flatten(net).cpu()], torch.zeros(len(images))
+    at = {"epoch": 0, "step": 0, "loss": 0.0, "example_loss": torch.zeros(len(images))}
+    at["trajectory"] = common.flatten(net).cpu().repeat(args.epochs + 1, 1)  # the rows to come are filled in
+    checkpoint = resume(at, optimizer=optimizer, draws=draws) if resume else None
+    at = checkpoint.at if checkpoint else at
     for epoch in range(args.epochs):
         batches = torch.randperm(len(images), generator=order).split(args.batch_size)
         if ssl:  # its loss depends on how many there are in a batch
             batches = [batch for batch in batches if len(batch) == args.batch_size]
-        for i, (x, z) in enumerate(common.fetch([images, targets], batches, args.device)):
+        if epoch < at["epoch"]:
+            continue
+        losses, done = torch.zeros(len(batches), device=args.device), at["step"]
+        for i, (x, z) in enumerate(common.fetch([images, targets], batches[done:], args.device), done):
             loss = loss_fn(forward, x, z, draws)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            losses[i] = loss.detach()
             if tick:
                 tick((epoch + (i + 1) / len(batches)) / args.epochs, loss)
-        trajectory.append(common.flatten(net).cpu())
+            if checkpoint and i + 1 < len(batches):
+                checkpoint.tick(step=i + 1)
+        bad = common.first_not_finite(losses)
+        if bad is not None:
+            common.fail(
+                f"the loss of expert {seed - args.seed} is {losses[bad]} in step {bad + 1} of epoch "
+                f"{epoch + 1}: choose a smaller --lr than {args.lr}"
+            )
+        at["trajectory"][epoch + 1] = common.flatten(net).cpu()
         if epoch == 0 and not ssl:
-            example_loss = example_losses(net, images, targets, stats, args).cpu()
-    return torch.stack(trajectory), example_loss, loss.item()
+            at["example_loss"] = example_losses(net, images, targets, stats, args).cpu()
+        at.update(epoch=epoch + 1, step=0, loss=losses[-1].item())
+        if checkpoint:
+            checkpoint.tick(last=epoch + 1 == args.epochs)
+    return at["trajectory"], at["example_loss"], at["loss"]
 
 
 @torch.no_grad()
@@ -182,7 +200,7 @@ def main(args):
     options = common.recipe(vars(args))
     loss_fn = common.make_objective(args.objective, train, args.precision)
     images, targets = common.place([train.images, targets], args.device)
-    log = common.Log(args.out_dir, "train_experts", vars(args))
+    log = common.Log(args.out_dir, "train_experts", args, {k: made[k] for k in ("images_id", "targets_id")})
 
     def make_net():
         out_dim = args.out_dim or targets.shape[1]
@@ -196,40 +214,55 @@ def main(args):
     experts = range(args.first_expert, args.first_expert + args.num_experts)
     paths = {k: args.out_dir / "experts" / f"{k:04d}.pt" for k in experts}
     keys = {"trajectory": 2, "example_loss": 1}
-    missing = [
-        k for k in experts
-        if not common.is_done(paths[k], "train_experts", options, keys, made["targets_id"])
-    ]  # fmt: skip
+
+    def is_done(k):
+        done = common.is_done(paths[k], "train_experts", options, keys, made)
+        if done:  # and where it was killed just then
+            paths[k].with_suffix(".checkpoint").unlink(missing_ok=True)
+        return done
+
+    missing = [k for k in experts if not is_done(k)]
     common.wait_for_all()  # or one would find the first file of another
     mine = missing[common.rank() :: common.world_size()]
     progress = common.Progress(common.of_first() + "expert", len(mine), args.epochs * n, "images")
     for i, k in enumerate(mine):
+        if not common.claim(args.out_dir, paths[k]) or is_done(k):
+            continue  # another run makes it, or has made it meanwhile
         seed, found = args.seed + k, {}
         torch.manual_seed(args.seed if args.same_init else seed)
         net.load_state_dict(make_net().state_dict())
         of_gradient = (net, loss_fn, images, targets, args.batch_size, seed)
         if k == 0:
             found["gradient_variance"] = [gradient_variance(*of_gradient)]  # at the start and at the end
-        start = time.time()
-        trajectory, example_loss, loss = train_expert(
-            net, loss_fn, images, targets, (train.mean, train.std), args, seed, forward,
-            lambda share, loss, i=i: progress(i + share, loss=loss),
-        )  # fmt: skip
+        start, path = time.time(), paths[k].with_suffix(".checkpoint")
+        diverged = f"expert {k} diverged: choose a smaller --lr than {args.lr}"
+
+        def resume(at, path=path, diverged=diverged, **parts):
+            return common.Checkpoint(path, args, log, diverged, at, own=True, net=net, **parts)
+
+        with common.own_work():
+            trajectory, example_loss, loss = train_expert(
+                net, loss_fn, images, targets, (train.mean, train.std), args, seed, forward,
+                lambda share, loss, i=i: progress(i + share, loss=loss), resume,
+            )  # fmt: skip
         speed = args.epochs * n / (time.time() - start)
-        if not math.isfinite(loss) or not trajectory.isfinite().all():
-            with common.own_work():
-                common.fail(f"the loss of expert {k} is {loss}: choose a smaller --lr than {args.lr}")
         if k == 0:
             found["gradient_variance"].append(gradient_variance(*of_gradient))
+        if not log.has(expert=k, loss=loss):  # killed here, the next start has the record, but not the file
+            log.write(expert=k, loss=loss, images_per_second=round(speed), **found)
         common.save(paths[k], {
             "trajectory": trajectory,
             "example_loss": example_loss,
             **made,
             "options": {**made["options"], "train_experts": options},
         })  # fmt: skip
-        log.write(expert=k, loss=loss, images_per_second=round(speed), **found)
+        path.unlink(missing_ok=True)
     common.wait_for_all()
     if common.rank() > 0:
+        return
+    elsewhere = [str(k) for k in experts if not paths[k].exists()]
+    if elsewhere:
+        print(f"another run is making experts {', '.join(elsewhere)}; the others are there")
         return
     print(f"{args.out_dir / 'experts'}: experts {experts[0]} to {experts[-1]}, {args.epochs} epochs each")
     if args.num_experts > 1:
@@ -239,13 +272,14 @@ def main(args):
         ]
         shape = (args.epochs + 1, common.flatten(net).numel())
         for path, trajectory in zip(paths.values(), trajectories):
-            if trajectory.shape != shape or not trajectory.isfinite().all():
-                common.fail(f"{path}: is not a finite trajectory of this student; move it away and run again")
+            if trajectory.shape != shape:
+                common.fail(f"{path}: is not a trajectory of this student; move it away and run again")
         variance, relative = trajectory_variance(trajectories)
-        log.write(trajectory_variance=variance, relative_variance=relative)
+        if not log.has(trajectory_variance=variance):
+            log.write(trajectory_variance=variance, relative_variance=relative)
         share = f", {relative[-1]:.3f} of their squared distance from the start" if relative[-1] else ""
         print(f"variance of the trajectories after {args.epochs} epochs: {variance[-1]:.4g}{share}")
 
 
 if __name__ == "__main__":
-    common.run(main, parse_args())
+    common.run(main, parse_args(), "a smaller --batch_size or --width, or --precision bf16")

@@ -6,6 +6,7 @@ are only used at the end, by the linear probe that says how good its features ar
 Reads:  the data set.
 Writes: OUT/teacher.pt   {encoder: state dict}
         OUT/targets.pt   {targets (N, D) float32, in the order of the data set; images_id}
+        OUT/train_teacher.checkpoint, until then: started again, the same command goes on from there
 
 The targets are the features before the projector, in eval mode, of images without augmentation.
 
@@ -59,10 +60,7 @@ def parse_args(argv=None):
     net.add_argument("--width", type=positive, default=64, help="of ResNet-18's first stage; D = 8 width")
     net.add_argument("--init_from", help="state dict of a ResNet-18 with a 3x3 stem, or a teacher.pt")
     parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
-    parser.add_argument("--device", type=common.device, default=common.best_device(), help="where to run")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
-    precision = dict(choices=["fp32", "tf32", "bf16"], default="fp32", help=common.PRECISION_HELP)
-    parser.add_argument("--precision", **precision)
+    common.add_run_options(parser)
     args = parser.parse_args(argv)
     for name, value in RECIPES[args.ssl].items():
         if getattr(args, name) is None:
@@ -136,13 +134,19 @@ def make_projector(ssl, in_dim, projection_dim, norm_layer=SyncBatchNorm):
     )  # fmt: skip
 
 
-def load_encoder(encoder, path):
-    """Copy a ResNet-18's weights into encoder; a classifier's last layer in the file is left out."""
+def load_encoder(encoder, path, made):
+    """Copy a ResNet-18's weights into encoder; a classifier's last layer in the file is left out.
+
+    made: what a teacher.pt of this run must be made from, {images_id}.
+    """
     contents = common.load(path, {}, "torch.save(encoder.state_dict(), FILE)")
+    common.check_origin(path, contents, made)
     try:
         weights = contents.get("encoder", contents)
         encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
-    except (RuntimeError, AttributeError, TypeError) as error:
+        if not all(v.isfinite().all() for v in encoder.state_dict().values()):
+            raise ValueError("its numbers are not all finite")
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         common.fail(f"{path}: does not fit a ResNet-18 of --width {encoder.conv1.out_channels} ({reason})")
 
@@ -168,7 +172,7 @@ def ssl_loss(forward, x, draws, stats, view, args):
 
 
 def train(encoder, images, stats, view, args, log):
-    """Train the encoder in place on images (N, C, H, W) uint8 (eq. 6).
+    """Train the encoder in place on images (N, C, H, W) uint8 (eq. 6); returns the checkpoint of its end.
 
     view holds random_view's options, stats the data set's mean and std. Several processes each take a part of
     every batch, and the step that one process would take with the whole.
@@ -180,19 +184,27 @@ def train(encoder, images, stats, view, args, log):
     forward = common.autocast(net, torch.device(args.device), args.precision)
     share = args.batch_size // common.world_size()
     first = common.rank() * share
-    progress = common.Progress("epoch", args.epochs, n, "images")
     order = torch.Generator().manual_seed(args.seed)
     draws = torch.Generator(args.device).manual_seed(args.seed)
+    path = args.out_dir / "train_teacher.checkpoint"
+    diverged = f"the teacher diverged: choose a smaller --lr than {args.lr}"
+    parts = dict(net=net, optimizer=optimizer, draws=draws)
     # The rest of a shuffle is dropped: BatchNorm and both losses want full batches.
     steps = n // args.batch_size
+    at = {"epoch": 0, "step": 0, "losses": torch.zeros(steps, device=args.device)}
+    checkpoint = common.Checkpoint(path, args, log, diverged, at, **parts)
+    at = checkpoint.at
+    progress = common.Progress("epoch", args.epochs, n, "images", before=at["epoch"])
     warmup = min(args.warmup_epochs, args.epochs // 10) * steps
 
     for epoch in range(args.epochs):
         net.train()
-        total, start = 0.0, time.time()
         batches = torch.randperm(n, generator=order).split(args.batch_size)[:steps]
-        mine = (batch[first : first + share] for batch in batches)
-        for i, (x,) in enumerate(common.fetch([images], mine, args.device)):
+        if epoch < at["epoch"]:
+            continue
+        losses, done, start = at["losses"].to(args.device), at["step"], time.time()
+        mine = (batch[first : first + share] for batch in batches[done:])
+        for i, (x,) in enumerate(common.fetch([images], mine, args.device), done):
             lr = args.lr * cosine_lr(epoch * steps + i, args.epochs * steps, warmup)
             optimizer.param_groups[0]["lr"] = lr
             loss = ssl_loss(forward, x, draws, stats, {**view, "part_of": (args.batch_size, first)}, args)
@@ -200,16 +212,21 @@ def train(encoder, images, stats, view, args, log):
             loss.backward()
             common.average(*(p.grad for p in net.parameters()))
             optimizer.step()
-            total += loss.detach()
-            progress(epoch + (i + 1) / steps, loss=loss)
-        loss = total.item() / steps
-        if not math.isfinite(loss):
-            common.fail(
-                f"the {args.ssl} loss is {loss} in epoch {epoch + 1}: choose a smaller --lr than {args.lr}"
-            )
-        speed = steps * args.batch_size / (time.time() - start)
+            losses[i] = loss.detach()
+            if progress(epoch + (i + 1) / steps, loss=loss) or i + 1 == steps:
+                bad = common.first_not_finite(losses)
+                if bad is not None:
+                    common.fail(
+                        f"the {args.ssl} loss is {losses[bad]} in step {bad + 1} of epoch {epoch + 1}: "
+                        f"choose a smaller --lr than {args.lr}, or more --warmup_epochs; {checkpoint.kept()}"
+                    )
+            if i + 1 < steps:
+                checkpoint.tick(epoch=epoch, step=i + 1, losses=losses)
+        speed = (steps - done) * args.batch_size / (time.time() - start)
         if common.rank() == 0:
-            log.write(epoch=epoch + 1, loss=loss, lr=lr, images_per_second=round(speed))
+            log.write(epoch=epoch + 1, loss=losses.mean().item(), lr=lr, images_per_second=round(speed))
+        checkpoint.tick(epoch + 1 == args.epochs, epoch=epoch + 1, step=0, losses=torch.zeros_like(losses))
+    return checkpoint
 
 
 def main(args):
@@ -223,10 +240,14 @@ def main(args):
         common.load(args.init_from, {}, "torch.save(encoder.state_dict(), FILE)")
         options["init_from"] = hashlib.sha256(Path(args.init_from).read_bytes()).hexdigest()[:16]
     teacher_path, targets_path = args.out_dir / "teacher.pt", args.out_dir / "targets.pt"
-    if common.is_done(targets_path, "train_teacher", options, {"targets": 2}):
+    under_way = (args.out_dir / "train_teacher.checkpoint").exists()  # which is the last thing to go
+    there = common.is_done(targets_path, "train_teacher", options, {"targets": 2})
+    if there and not under_way:
         print(f"{targets_path} is there: nothing to do")
         return
-    trained = common.is_done(teacher_path, "train_teacher", options, {"encoder": None})
+    trained = common.is_done(teacher_path, "train_teacher", options, {"encoder": None}) and not under_way
+    if common.rank() == 0 and not common.claim(args.out_dir, targets_path):
+        common.fail(f"{targets_path}: another run is making it; wait for it, or choose another --out_dir")
 
     key, folder = common.parse_dataset(args.dataset, args.data_dir)
     images = common.load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
@@ -236,18 +257,24 @@ def main(args):
         common.fail(f"--batch_size {args.batch_size}: there are {n} training images; choose {n} or less")
     torch.manual_seed(args.seed)
     encoder = common.ResNet(channels=channels, width=args.width, norm_layer=SyncBatchNorm)
-    if trained or args.init_from:
-        load_encoder(encoder, teacher_path if trained else args.init_from)
+    made = {"options": {"train_teacher": options}, "images_id": common.images_id(images.images)}
+    if trained:
+        load_encoder(encoder, teacher_path, made)
+    elif args.init_from:  # a teacher of other images is welcome
+        load_encoder(encoder, args.init_from, {})
     encoder = encoder.to(args.device, memory_format=torch.channels_last)  # a seventh faster on a CPU
     (train_images,) = common.place([images.images], args.device)
-    log = common.Log(args.out_dir, "train_teacher", vars(args))
-    made = {"options": {"train_teacher": options}, "images_id": common.images_id(images.images)}
+    ids = {"images_id": made["images_id"], "init_from": options["init_from"]}
+    log = common.Log(args.out_dir, "train_teacher", args, ids)
 
-    if not trained:
+    checkpoint = None
+    if trained:
+        log.begin()
+    else:
         view = {"min_crop": args.min_crop, "flip": images.flip}
         if px >= 64:  # as in Barlow Twins' recipe for large images
             view |= {"blur": 0.5, "solarize": 0.1}
-        train(encoder, train_images, stats, view, args, log)
+        checkpoint = train(encoder, train_images, stats, view, args, log)
 
     if common.rank() > 0:
         return  # what follows is one's work
@@ -260,7 +287,8 @@ def main(args):
     if not trained:
         weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
         common.save(teacher_path, {"encoder": weights, **made})
-    common.save(targets_path, {"targets": targets.cpu(), **made})
+    if not there:
+        common.save(targets_path, {"targets": targets.cpu(), **made})
     print(f"wrote {teacher_path} and {targets_path}: {n} targets of D = {targets.shape[1]}")
     # Labels exist unless an image folder has one class only, or no test images.
     if images.labels.max() > 0 and (key != "imagefolder" or (folder / "test").is_dir()):
@@ -270,7 +298,9 @@ def main(args):
         accuracy = common.probe_accuracy(targets, labels[0], features, labels[1])
         log.write(probe_accuracy=accuracy)
         print(f"linear probe of the teacher's features, all labels: {accuracy:.2f} % test accuracy")
+    if checkpoint:
+        checkpoint.remove()
 
 
 if __name__ == "__main__":
-    common.run(main, parse_args())
+    common.run(main, parse_args(), "a smaller --batch_size or --width, or --precision bf16")
