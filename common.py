@@ -419,7 +419,7 @@ def _open_dataset(key, split, folder):
         root = _unpack(key, folder)
         try:
             return {"tinyimagenet": _tiny_imagenet, "cub2011": _cub2011, "dogs": _dogs}[key](split, root)
-        except (OSError, ValueError, KeyError, IndexError) as error:
+        except Exception as error:  # of the lists, which may be cut off, text or scipy's
             fail(
                 f"{root}: {key} is not complete there ({error}); remove that folder to have it unpacked again"
             )
@@ -1189,8 +1189,7 @@ def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None, object
 
 
 def is_done(path, stage, options, keys, made=()):
-    """Whether path is there, made by these options of the stage from this origin, load_targets' made; exits if
-    by others.
+    """Whether path is there, made by these options of the stage and from load_targets' made; exits if not so.
 
     A file that exists is a piece of work done: so a stage that is started again goes on where it stopped.
     """
@@ -1335,7 +1334,7 @@ class Log:
 
 
 _checkpoint = None  # the one that ticks: a signal then waits for the end of the step
-_signal = None  # the number of the signal that came
+_signal, _signal_at = None, 0.0  # the number of the signal that came, and when
 
 
 class Checkpoint:
@@ -1482,12 +1481,12 @@ def first_not_finite(losses):
 
 
 def _on_signal(number, frame):
-    """SIGTERM and Ctrl-C: the step under way is finished, for tick to save; a second Ctrl-C does not wait."""
-    global _signal
-    twice = number == _signal == signal.SIGINT
-    if _checkpoint is None or twice:
+    """SIGTERM and Ctrl-C: the step under way is finished, for tick to save; a later Ctrl-C does not wait."""
+    global _signal, _signal_at
+    later = _signal is not None and number == signal.SIGINT and time.monotonic() - _signal_at > 1
+    if _checkpoint is None or later:
         raise SystemExit(128 + number)
-    _signal = number
+    _signal, _signal_at = number, time.monotonic()
 
 
 def run(main, args, smaller="a smaller --batch_size or --width"):

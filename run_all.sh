@@ -26,7 +26,8 @@
 #                       experts, unless DISTILL="--segments 4" says otherwise
 #   DATA_DIR=data  OUT=runs/PRESET (tables: runs)  PYTHON=python
 #   DRY_RUN=1           print the commands only
-# What is finished is not done again: after an interruption, give the same command once more.
+# What is finished is not done again, and what was under way goes on from its checkpoint: after an interruption,
+# give the same command once more.
 set -efo pipefail # f: a * in a variable is no file name
 
 usage() { echo "error: $1" >&2; exit 2; }
@@ -108,8 +109,19 @@ run() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun has it, without a word
   fi
   echo "+ ${words[*]}$(printf ' %q' "$@")"
-  [ "$DRY_RUN" ] || "${launch[@]}" "$@"
+  [ -z "$DRY_RUN" ] || return 0
+  "${launch[@]}" "$@" & # not in front, for bash hears of no signal then
+  child=$!
+  wait $child
 }
+
+stop() { # a signal to this script alone is the stage's, too, which then writes its checkpoint
+  [ -z "$child" ] || { kill -TERM "$child" 2> /dev/null && wait "$child"; } || true
+  exit "$1"
+}
+child=
+trap 'stop 130' INT
+trap 'stop 143' TERM
 
 failed=0
 attempt() { # run, and go on if it fails, unless it was killed
@@ -275,7 +287,6 @@ pipeline() {
 
 marker=$(mktemp) parts=$(mktemp) made_any=
 trap 'rm -f "$marker" "$parts"' EXIT
-trap 'exit 130' INT # torchrun does not die of it as bash expects
 for preset in $presets; do
   pipeline "$preset" || printf '## %s\n\nnot run\n\n' "$preset" >> "$parts"
 done

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +29,7 @@ def start(name, argv, stderr=os.devnull, prepare=lambda: None):
     """
 
     def target():
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for descriptor, path in ((1, os.devnull), (2, stderr)):
             os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not pytest's
@@ -37,7 +40,10 @@ def start(name, argv, stderr=os.devnull, prepare=lambda: None):
         common.run(module.main, module.parse_args([str(a) for a in argv]))
 
     process = multiprocessing.get_context("fork").Process(target=target)
+    # A signal in the middle of a fork would be pytest's, which the process still is.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     process.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return process
 
 
@@ -72,3 +78,29 @@ def run_dir(tmp_path_factory):
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=4, help="how often each stage is killed in test_resume.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "rehearsal" in item.fixturenames)  # last: it runs beside the others
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request, tmp_path_factory):
+    """(process, its OUT) of a run_all.sh that takes a minute, for the last test; its output is beside OUT."""
+    if not any("rehearsal" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    root, out = Path(__file__).parent.parent, tmp_path_factory.mktemp("rehearsal") / "runs"
+    variables = {"PYTHON": sys.executable, "OUT": str(out), "KRR_ST": "--lr_img 1e30", "OMP_NUM_THREADS": "1"}
+    with open(out.parent / "stdout", "w") as stdout, open(out.parent / "stderr", "w") as stderr:
+        command = ["bash", root / "run_all.sh", "table1", "rehearse"]
+        process = subprocess.Popen(
+            command, cwd=root, env={**os.environ, **variables}, stdout=stdout, stderr=stderr
+        )
+    yield process, out
+    process.kill()
+
+
+@pytest.fixture
+def rehearsal(beside):
+    return beside

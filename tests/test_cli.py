@@ -3,8 +3,10 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -221,6 +223,23 @@ def test_an_environment_that_makes_no_sense(size, rank, monkeypatch, capsys):
     assert stop.value.code == 2 and f"WORLD_SIZE={size}" in message and message.count("\n") == 1
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_run_all_passes_signals_on(number, status, tmp_path):
+    """A signal to run_all.sh alone ends the stage, which may write a checkpoint, and then run_all.sh."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\ntrap 'sleep 0.3; echo written > $DIR/checkpoint; exit 143' TERM\n"
+        "echo > $DIR/started\nwhile :; do sleep 0.05; done\n"
+    )
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "DIR": str(tmp_path), "OUT": str(tmp_path / "runs")}
+    with subprocess.Popen(["bash", ROOT / "run_all.sh"], cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as run:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        run.send_signal(number)
+        assert run.wait(20) == status and (tmp_path / "checkpoint").exists()
+
+
 def test_run_all_refuses():
     calls = [(["mnist"], {}), (["imagefolder"], {}), (["imagefolder", ""], {}), (["digits", "fast"], {})]
     calls += [(["table8"], {}), (["table1", "mnist"], {}), (["table1", "rehearse", "digits"], {})]
@@ -276,17 +295,18 @@ def test_ci_runs_the_readme_command():
     assert command in (ROOT / ".ci/run").read_text().splitlines()
 
 
-def test_table1_rehearsal(tmp_path):
+def test_table1_rehearsal(tmp_path, rehearsal):
     """The whole pipeline by its shell script, with every baseline, and a set that cannot be made."""
-    out = tmp_path / "runs"
-    first = run_all("table1", "rehearse", OUT=str(out), KRR_ST="--lr_img 1e30")
-    assert first.returncode == 2 and first.stderr.count("--lr_img") == 1, first.stderr
+    first, out = rehearsal
+    first.wait()
+    stdout, stderr = ((out.parent / name).read_text() for name in ("stdout", "stderr"))
+    assert first.returncode == 2 and stderr.count("--lr_img") == 1, stderr
     run = out / "digits_rehearsal"
     for file in ("teacher.pt", "targets.pt", "experts/0001.pt", "results.jsonl", "sets/mkdt_high_loss.png"):
         assert (run / file).stat().st_size > 0
     table = (out / "table1_rehearsal.md").read_text()
     for row in ("no pre-training", "random subset", "SAS subset", "high-loss subset", "MKDT", "full data"):
-        assert f"| {row} | 2 | " in table and f"| {row} | " in first.stdout
+        assert f"| {row} | 2 | " in table and f"| {row} | " in stdout
     assert "| KRR-ST | 0 | not run | " in table
     again = run_all("table1", "rehearse", OUT=str(out), SETS="none krr_st_random")
     assert again.returncode == 0, again.stderr

@@ -5,6 +5,7 @@ import pickle
 import tarfile
 import urllib.error
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -296,6 +297,96 @@ def test_modes_of_images(folder, mode):
         folder / f"train/a/x.{'jpg' if mode == 'CMYK' else 'png'}"
     )
     assert common.load_images("imagefolder", "train", folder).images[1].float().mean() > 150
+
+
+def test_images_of_sixteen_bits(folder):
+    """A ramp of 16 bits keeps its shades, where PIL's convert makes all above 255 white."""
+    ramp = np.linspace(0, 2**16 - 1, 32).round().astype(np.uint16)
+    expected = torch.from_numpy((ramp // 256).astype(np.int64))
+    for name in ("x.png", "y.tiff"):
+        Image.fromarray(np.tile(ramp, (32, 1))).save(folder / f"train/a/{name}")
+    images = common.load_images("imagefolder", "train", folder).images[1:3]
+    assert torch.equal(images.long(), expected.expand(2, 3, 32, 32))
+
+
+def test_a_palette_with_transparency_does_not_warn(folder, recwarn):
+    image = Image.new("P", (9, 9), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.save(folder / "train/a/x.png", transparency=bytes([0, 128]))
+    images = common.load_images("imagefolder", "train", folder).images
+    assert images[1].flatten(1).float().mean(1).tolist() == [10, 200, 30] and not recwarn.list
+
+
+def test_images_of_all_sizes_and_names(folder):
+    sizes = {"größe ü.png": (1, 1), "图像.PNG": (3000, 2), "a b'\"$.jpeg": (31, 33)}
+    for i, (name, size) in enumerate(sizes.items()):
+        write_image(folder / f"train/b/{name}", 10 + i, size)
+    (folder / "train/c").rename(folder / "train/Ćć 类")
+    (folder / "test/c").rename(folder / "test/Ćć 类")
+    train = common.load_images("imagefolder", "train", folder)
+    assert train.images.shape == (6, 3, 32, 32) and sorted(train.labels.tolist()) == [0, 1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("what", ["cut off", "zero bytes", "text", "floats", "a bomb"])
+def test_images_that_are_none(what, folder, capsys):
+    """Each is refused by its name, in one line, and so is the data set."""
+    path = folder / f"train/b/größe.{'tiff' if what == 'floats' else 'jpg'}"
+    write_image(folder / "whole.jpg", 3, (300, 200))
+    wrong = {"cut off": (folder / "whole.jpg").read_bytes()[:-300], "zero bytes": b"", "text": b"hello\n"}
+    if what == "floats":
+        Image.fromarray(np.ones((4, 4), np.float32)).save(path)
+    elif what == "a bomb":  # 2^30 pixels in a few bytes
+        header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (2**15).to_bytes(4, "big") * 2 + b"\x08\0\0\0\0"
+        path.write_bytes(header + zlib.crc32(header[12:]).to_bytes(4, "big"))
+    else:
+        path.write_bytes(wrong[what])
+    with pytest.raises(SystemExit) as stop:
+        common.load_images("imagefolder", "train", folder)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and str(path) in message
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_data_set_that_was_unpacked_in_part(name, tmp_path, data_dir, monkeypatch, capsys):
+    """One file of what was unpacked is gone, or cut off: refused in one line, whatever the file."""
+    MAKERS[name](tmp_path, data_dir, monkeypatch, name)
+    count = (10 if name == "cifar10" else 2, 2) if name.startswith("cifar") else (3, 2)
+    monkeypatch.setitem(common.DATASETS, name, common.DATASETS[name]._replace(count=count))
+    archives = {path for path in data_dir.rglob("*") if path.is_file()}
+    for split in ("train", "test"):
+        common.load_images(name, split, data_dir)
+    unpacked = [p for p in data_dir.rglob("*") if p.is_file() and p not in archives and p.name != ".lock"]
+    for path in archives:
+        if path.suffix != ".mat":  # nothing to be unpacked again from
+            path.unlink()
+    assert unpacked
+    for path in unpacked:
+        data = path.read_bytes()
+        for part in (None, b"", data[: len(data) // 2]):
+            path.unlink() if part is None else path.write_bytes(part)
+            capsys.readouterr()
+            try:
+                sets = [common.load_images(name, split, data_dir) for split in ("train", "test")]
+            except SystemExit as stop:
+                assert stop.code == 2 and capsys.readouterr().err.count("\n") == 1
+            else:  # a file that is not needed
+                assert [len(part.images) for part in sets] == list(count)
+            path.write_bytes(data)
+
+
+def test_a_download_that_breaks_off(data_dir, monkeypatch, capsys):
+    """What has come is not taken for an archive, now or the next time."""
+
+    def broken(url, root, filename, md5):
+        (data_dir / filename).write_bytes(b"the first bytes")
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(common, "download_url", broken)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            common.load_images("cub2011", "train", data_dir)
+        assert stop.value.code == 2 and "CUB_200_2011.tgz" in capsys.readouterr().err
+    assert not (data_dir / "cub2011").exists()
 
 
 def test_bad_image_folders(folder, capsys):

@@ -67,7 +67,7 @@ def test_killed_at_random_points(which, run_dir, tmp_path, request):
     seconds = run(name, [*options, "--out_dir", str(whole)])
     expected = contents(whole)
     assert not list(whole.rglob("*.checkpoint"))
-    draws, done = random.Random(which), 0
+    draws, done, runs = random.Random(which), 0, 0
     while done < kills:
         folder = prepared(run_dir, tmp_path / f"killed_{done}", needs)
         ended = False
@@ -86,3 +86,5 @@ def test_killed_at_random_points(which, run_dir, tmp_path, request):
             ended = process.exitcode == 0
         assert contents(folder) == expected
         shutil.rmtree(folder)
+        runs += 1
+    print(f"{which}: {done} kills in {runs} runs, which all ended in the files of an undisturbed one")
