@@ -323,7 +323,8 @@ def _mapped_images(samples, keep, shape, folder, parts):
     digest = hashlib.sha256(repr(shape).encode())
     for i in keep:
         stat = os.stat(samples.paths[i])
-        digest.update(f"{os.path.abspath(samples.paths[i])} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(os.path.abspath(samples.paths[i])))
+        digest.update(f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
     path = folder / f"{digest.hexdigest()[:16]}.uint8"
 
     def there():
@@ -893,7 +894,7 @@ def add_run_options(parser, precisions=("fp32", "tf32", "bf16"), precision_help=
     run.add_argument("--deterministic", action="store_true", help=same)
     often = "a checkpoint, from which the same command goes on, is written so often; 0: after every step"
     run.add_argument("--checkpoint_minutes", type=at_least(0, float, 1e6), default=5.0, help=often)
-    anew = "begin anew in spite of a checkpoint; what is finished stays"
+    anew = "begin anew in spite of a checkpoint, each time it is given; what is finished stays"
     run.add_argument("--restart", action="store_true", help=anew)
 
 
@@ -1003,9 +1004,10 @@ def replacing(path, otherwise="make room there, or choose another --out_dir"):
     Exits where it cannot be written, and path is as it was; otherwise: what to do then.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")  # that of a killed run is written over
+    temporary = path.with_name(f"{path.name}.tmp")  # a killed run may have left it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # it might be a link to another file
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # or a machine that loses its power may be left with an empty file
@@ -1020,7 +1022,7 @@ def replacing(path, otherwise="make room there, or choose another --out_dir"):
 def write_text(path, text):
     """Write a text file, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def append(path, record):
@@ -1044,7 +1046,7 @@ def append(path, record):
 def read_records(path):
     """The lines of a .jsonl file, [(bytes before it, record)]; the record is None where a line is broken."""
     records, place = [], 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -1083,17 +1085,20 @@ def claim(out_dir, path):
     return True
 
 
-def save(path, contents):
+def save(path, contents, then=None):
     """Write a dict of tensors and plain Python to path, whole or not at all; adds the torch version.
 
-    The same contents make the same file, bit for bit.
+    The same contents make the same file, bit for bit. then() is called when all is written, just before the
+    file takes its place.
     """
     with replacing(path) as temporary:
         try:
             with open(temporary, "wb") as file:  # torch would write the name of a path into the file
                 torch.save({**contents, "torch_version": str(torch.__version__)}, file)
         except RuntimeError as error:  # how torch may say that the disk is full
-            raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from None
+            raise OSError(errno.ENOSPC, f"{str(error).splitlines()[0]}: is the disk full?") from None
+        if then:
+            then()
 
 
 def load(path, keys, made_by, mmap=False):
@@ -1106,8 +1111,9 @@ def load(path, keys, made_by, mmap=False):
         mmap: leave the tensors on disk until they are read.
     """
     again = f"move it away and make it again with {made_by}"
-    if not Path(path).exists():
-        fail(f"{path}: not found; make it with {made_by}")
+    if not Path(path).is_file():
+        found = "is not a file" if Path(path).exists() else "not found"
+        fail(f"{path}: {found}; make it with {made_by}")
     try:
         whole = zipfile.is_zipfile(path)
         with zipfile.ZipFile(path) if whole else contextlib.nullcontext() as archive:
@@ -1290,25 +1296,16 @@ class Log:
         self.path, self.args = Path(out_dir) / f"{stage}.jsonl", args
         # What tells this run from others; as it is read again from a file.
         self.run = json.loads(json.dumps({**(options or recipe(vars(args))), **ids}, default=str))
-        self.begun = False
-        self.known, self.place, own = [], None, False  # earlier records of this run, and where it begins last
-        for place, record in read_records(self.path):
-            if record and "options" in record:
-                own = record.get("run") == self.run
-                self.place = (self.place if record.get("resumed") else place) if own else None
-            elif record and own:
-                self.known.append(record)
+        self.begun, self.stale = False, None
 
-    def begin(self, resumed=None, cut_at=None):
-        """Write the record of a start, of several processes the first; later calls do nothing.
+    def begin(self, resumed=None):
+        """Write the record of a start, of several processes the first; resumed: {epoch: ...} of a checkpoint.
 
-        resumed: {epoch: ...} of a checkpoint; cut_at: first cut the log back to so many bytes.
+        Later calls do nothing.
         """
         if self.begun or rank() > 0:
             return
         self.begun = True
-        if cut_at is not None and self.path.exists() and cut_at < self.path.stat().st_size:
-            os.truncate(self.path, cut_at)
         launcher = ["torchrun", f"--nproc_per_node={world_size()}"] if world_size() > 1 else ["python"]
         where = self.args.device
         self.write(
@@ -1327,10 +1324,42 @@ class Log:
         self.begin()
         append(self.path, record)
 
+    def earlier(self):
+        """(records of this run, place where it begins, or None if the log ends in another run)."""
+        records, begins, own = [], None, False
+        for place, record in read_records(self.path):
+            if record and "options" in record:
+                own = record.get("run") == self.run
+                begins = (place if begins is None else begins) if own else None
+            elif record and own:
+                records.append(record)
+        return records, begins
+
+    def cut(self, place, digest):
+        """Take away what came after a checkpoint; digest: of the log until there. Not if it has changed."""
+        data = self.path.read_bytes() if self.path.is_file() else b""
+        if hashlib.sha256(data[:place]).hexdigest() != digest:
+            print(f"warning: {self.path} has changed since the checkpoint: nothing is cut off it", flush=True)
+        elif place < len(data):
+            os.truncate(self.path, place)
+
+    def of_this_start(self):
+        """The bytes of the log without what earlier starts of the same run have written, if it is stale."""
+        data, (begins, ends) = self.path.read_bytes(), self.stale or (0, 0)
+        return data[:begins] + data[ends:]
+
+    def replace_earlier(self):
+        """Take that away, when the present start has its first checkpoint."""
+        if self.stale:
+            data = self.of_this_start()
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(data)
+            self.stale = None
+
     def has(self, **values):
-        """Whether an earlier start of the same run has written a record with these values."""
+        """Whether a start of the same run has written a record with these values."""
         values = json.loads(json.dumps(values, default=str))
-        return any(all(record.get(name) == values[name] for name in values) for record in self.known)
+        return any(all(r.get(name) == v for name, v in values.items()) for r in self.earlier()[0])
 
 
 _checkpoint = None  # the one that ticks: a signal then waits for the end of the step
@@ -1343,8 +1372,8 @@ class Checkpoint:
     Args:
         path: of the file; it is replaced as a whole, and taken away by remove when the results are written.
         args: the stage's, with checkpoint_minutes and restart.
-        log: the stage's. It begins here, cut back to the checkpoint, or if there is none to where the same
-            run began before; with own it is not cut, for others write it, too.
+        log: the stage's. It begins here, cut back to the checkpoint; if there is none, what earlier starts of
+            the run have written goes when the first is written. With own it stays, for others write it, too.
         diverged: what to say, with advice, of a state that is not finite.
         at: where a beginning is, {epoch: 0, ...}: numbers and tensors.
         own: the work is this process's own; else the first of several processes writes for all.
@@ -1359,7 +1388,8 @@ class Checkpoint:
         self.path, self.log, self.diverged, self.at = Path(path), log, diverged, at
         self.parts = {**parts, "torch": torch.default_generator}
         self.writes, self.minutes = own or rank() == 0, args.checkpoint_minutes
-        self.resumed, cut_at = self.path.exists() and not args.restart, log.place
+        self.anew, self.own = args.restart, own
+        self.resumed = self.path.exists() and not self.anew
         if self.resumed:
             contents = read_checkpoint(self.path, log.run)
             try:
@@ -1370,7 +1400,7 @@ class Checkpoint:
                     _restore(part, contents["parts"][name])
                 for i, state in enumerate(contents["cuda"][: torch.cuda.device_count()]):
                     torch.cuda.set_rng_state(state, i)
-                self.at, cut_at = contents["at"], int(contents["log_bytes"])
+                self.at = contents["at"]
             except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
                 reason = " ".join(str(error).split())[:160]
                 fail(f"{self.path}: does not fit ({reason}); begin anew with --restart", Fatal)
@@ -1380,7 +1410,12 @@ class Checkpoint:
         if self.resumed:
             text = ", ".join(f"{name} {value}" for name, value in numbers.items())
             print(f"going on from {self.path}: {text}", flush=True)
-        log.begin(numbers if self.resumed else None, None if own else cut_at)
+        if not own and rank() == 0 and self.resumed:
+            log.cut(*contents["log"])
+        elif not own and rank() == 0:
+            begins, ends = log.earlier()[1], log.path.stat().st_size if log.path.exists() else 0
+            log.stale = None if begins is None else (begins, ends)
+        log.begin(numbers if self.resumed else None)
         self.saved = time.monotonic()
 
     def tick(self, last=False, **at):
@@ -1395,22 +1430,22 @@ class Checkpoint:
             self.save()
         _checkpoint = None if last else self
         if stop:
-            name = signal.Signals(_signal).name
-            print(f"stopped by {name}: the same command goes on from {self.path}", file=sys.stderr)
-            raise SystemExit(128 + _signal)
+            command = "the same command without --restart" if self.anew else "the same command"
+            _stop(f"{command} goes on from {self.path}")
 
     def save(self):
         """Write the file; exits if a number of the state is not finite, and the one before it stays."""
+        data = b"" if self.own else self.log.of_this_start()
         contents = {
             "parts": {name: _state(part) for name, part in self.parts.items()},
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
             "at": self.at,
-            "log_bytes": self.log.path.stat().st_size if self.log.path.exists() else 0,
+            "log": [len(data), hashlib.sha256(data).hexdigest()],
             "run": self.log.run,
         }
         if not _finite(contents):
             fail(f"{self.diverged}; {self.kept()}")
-        save(self.path, contents)
+        save(self.path, {**contents, "seal": _seal(contents)}, then=self.log.replace_earlier)
         self.saved = time.monotonic()
 
     def kept(self):
@@ -1425,7 +1460,8 @@ class Checkpoint:
 
 def read_checkpoint(path, run):
     """The contents of a checkpoint; exits if its run, {option or id: value}, is another."""
-    contents = load(path, dict.fromkeys(("parts", "cuda", "at", "log_bytes", "run")), "--restart")
+    names = ("parts", "cuda", "at", "log", "run")
+    contents = load(path, dict.fromkeys((*names, "seal")), "--restart")
     then = contents["run"] if isinstance(contents["run"], dict) else {}
     for name in {**then, **run}:
         if then.get(name) != run.get(name):
@@ -1433,9 +1469,28 @@ def read_checkpoint(path, run):
                 f"{path}: was begun with --{name} {then.get(name)}, now --{name} {run.get(name)}; give what "
                 "it was begun with, or begin anew with --restart"
             )
-    if not _finite(contents):
-        fail(f"{path}: holds what is not a finite number; begin anew with --restart")
+    if not _finite(contents) or contents["seal"] != _seal({name: contents[name] for name in names}):
+        fail(f"{path}: was changed after it was written; begin anew with --restart")
     return contents
+
+
+def _seal(state, digest=None):
+    """A digest of nested dicts and lists of tensors and plain values; what was changed does not go on."""
+    seal = digest or hashlib.sha256()
+    if isinstance(state, torch.Tensor):
+        seal.update(f"{state.dtype} {tuple(state.shape)}".encode())
+        seal.update(state.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    elif isinstance(state, dict):
+        for name, value in state.items():
+            seal.update(repr(name).encode())
+            _seal(value, seal)
+    elif isinstance(state, (list, tuple)):
+        seal.update(f"{type(state)} {len(state)}".encode())
+        for value in state:
+            _seal(value, seal)
+    else:
+        seal.update(repr(state).encode())
+    return seal.hexdigest()
 
 
 def _kind(value):
@@ -1469,7 +1524,8 @@ def _restore(part, state):
 
 def _finite(state):
     if isinstance(state, torch.Tensor):
-        return state.layout == torch.strided and bool(state.isfinite().all())
+        real = state.layout == torch.strided and not state.is_meta
+        return real and bool(state.isfinite().all())
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else []
     return all(_finite(part) for part in parts)
 
@@ -1484,9 +1540,22 @@ def _on_signal(number, frame):
     """SIGTERM and Ctrl-C: the step under way is finished, for tick to save; a later Ctrl-C does not wait."""
     global _signal, _signal_at
     later = _signal is not None and number == signal.SIGINT and time.monotonic() - _signal_at > 1
+    if _signal is None:  # run_all.sh passes Ctrl-C on as SIGTERM
+        _signal, _signal_at = number, time.monotonic()
     if _checkpoint is None or later:
-        raise SystemExit(128 + number)
-    _signal, _signal_at = number, time.monotonic()
+        _stop("give the same command again")
+
+
+def _stop(text):
+    """Exit as a signal demands, with a line on stderr, if there is still somebody to read it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is sys.stderr and rank() == 0:
+                print(f"stopped by {signal.Signals(_signal).name}: {text}", file=stream)
+            stream.flush()
+        except (OSError, RuntimeError):  # what it was piped to was stopped, too; or it was in use just then
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    raise SystemExit(128 + _signal)
 
 
 def run(main, args, smaller="a smaller --batch_size or --width"):
@@ -1539,8 +1608,8 @@ class Progress:
         Returns whether it said something.
         """
         now = time.time()
-        if self.ended or (now - self.said < self.interval and done < self.total):
-            return False
+        if self.ended or _signal or (now - self.said < self.interval and done < self.total):
+            return False  # after a signal, too: what it goes to may be gone
         self.ended = done >= self.total
         if self.ended:  # the speed of the whole; before, that of the last seconds
             self.then, self.said = self.before, self.started

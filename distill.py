@@ -48,6 +48,10 @@ RECIPES = {  # defaults that depend on the method
     "krr_st": dict(init="random", iters=160_000, lr_img=1e-4),
 }
 INITS = ["high_loss", "random", "sas"]
+OF_LEARNING = (  # options that a plain subset does not depend on
+    "lr_img syn_steps expert_epochs max_start_epoch batch_syn inner_momentum lr_lr lr_targets momentum "
+    "clip_grad pool_size pool_steps batch_real ridge precision".split()
+)
 
 
 def parse_args(argv=None):
@@ -556,6 +560,8 @@ def main(args):
     options = common.recipe(vars(args))
     if not (matching and args.iters):
         del options["segments"]
+    if not args.iters:  # a subset does not depend on how a set would be learnt
+        options = {name: value for name, value in options.items() if name not in OF_LEARNING}
     path = args.out_dir / "sets" / f"{args.name}.pt"
     keys = {"images": 4, "targets": 2, "lr": float}
     if common.is_done(path, "distill", options, keys, made):

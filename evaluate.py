@@ -381,7 +381,8 @@ def read_results(path):
     for i, (_, record) in enumerate(common.read_records(path), 1):
         try:
             plain = type(record["accuracy"]) in (int, float)
-            usable = plain and hash(key(record)) and record["options"] and 0 <= record["accuracy"] <= 100
+            usable = plain and hash(key(record)) and isinstance(record["options"], dict)
+            usable = usable and 0 <= record["accuracy"] <= 100
         except (KeyError, TypeError):
             usable = False
         if usable:
@@ -835,6 +836,9 @@ def main(args):
         common.read_checkpoint(path, log.run)
     if common.rank() == 0 and not common.claim(args.out_dir, results):
         common.fail(f"{results}: another run adds to it; wait for it, or choose another --out_dir")
+    if common.world_size() > 1:  # before others write into it
+        log.begin()
+        common.wait_for_all()
     known = read_known()
 
     def checkpoint_path(name, objective, seed):

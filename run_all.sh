@@ -20,7 +20,8 @@
 #   SEEDS="0 1 2"       of the evaluation (digits: ten)
 #   DOWNSTREAM="..."    data sets of the probe: the paper's seven; digits and imagefolder: themselves
 #   IMAGE_SIZE=32       of an imagefolder
-#   TEACHER EXPERTS DISTILL KRR_ST EVALUATE    further options of a stage, for example TEACHER="--batch_size 64"
+#   TEACHER EXPERTS DISTILL KRR_ST EVALUATE    further options of a stage, for example TEACHER="--batch_size 64", or
+#                       "--restart", to begin anew what was begun with other options
 #   STUDENT             those of all stages but the teacher, for example STUDENT="--width 64"
 #   PROCESSES=1         of each stage, by torchrun: one a GPU; distill.py has one, as the paper averages no
 #                       experts, unless DISTILL="--segments 4" says otherwise

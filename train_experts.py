@@ -13,7 +13,7 @@ Writes: OUT/experts/0000.pt ...   one file an expert,
     python train_experts.py --first_expert 50 --num_experts 50       # the second half, on another machine
     torchrun --nproc_per_node 4 train_experts.py                     # on four GPUs, each its experts
 
-Started several times in one folder at once, the processes share the experts between them.
+Started several times in one folder at once, the processes share the experts, and end when all are made.
 
 The paper trains for 20 epochs. Distillation reads the weights of epochs 0 to T+ - 1 + M only, and the lr is
 constant, so the default is to stop there, at 3 of 20: the same trajectories for a seventh of the work.
@@ -222,12 +222,27 @@ def main(args):
         return done
 
     missing = [k for k in experts if not is_done(k)]
+    if common.world_size() > 1:  # before others write into it
+        log.begin()
     common.wait_for_all()  # or one would find the first file of another
     mine = missing[common.rank() :: common.world_size()]
     progress = common.Progress(common.of_first() + "expert", len(mine), args.epochs * n, "images")
-    for i, k in enumerate(mine):
-        if not common.claim(args.out_dir, paths[k]) or is_done(k):
-            continue  # another run makes it, or has made it meanwhile
+
+    def to_make(left):
+        """Those left in turn, but for what other runs make; it waits for these, which may be killed."""
+        while left:
+            tried, left = left, []
+            for k in tried:
+                if not common.claim(args.out_dir, paths[k]):
+                    left += [] if paths[k].exists() else [k]
+                elif not is_done(k):
+                    yield k
+            if left and left == tried:
+                time.sleep(1)
+            elif left:
+                print(f"experts {', '.join(map(str, left))}: another run makes them; waiting", flush=True)
+
+    for i, k in enumerate(to_make(mine)):
         seed, found = args.seed + k, {}
         torch.manual_seed(args.seed if args.same_init else seed)
         net.load_state_dict(make_net().state_dict())
@@ -260,10 +275,6 @@ def main(args):
     common.wait_for_all()
     if common.rank() > 0:
         return
-    elsewhere = [str(k) for k in experts if not paths[k].exists()]
-    if elsewhere:
-        print(f"another run is making experts {', '.join(elsewhere)}; the others are there")
-        return
     print(f"{args.out_dir / 'experts'}: experts {experts[0]} to {experts[-1]}, {args.epochs} epochs each")
     if args.num_experts > 1:
         trajectories = [
@@ -275,7 +286,8 @@ def main(args):
             if trajectory.shape != shape:
                 common.fail(f"{path}: is not a trajectory of this student; move it away and run again")
         variance, relative = trajectory_variance(trajectories)
-        if not log.has(trajectory_variance=variance):
+        # Of several runs that end at once, one has the claim.
+        if common.claim(args.out_dir, args.out_dir / "experts") and not log.has(trajectory_variance=variance):
             log.write(trajectory_variance=variance, relative_variance=relative)
         share = f", {relative[-1]:.3f} of their squared distance from the start" if relative[-1] else ""
         print(f"variance of the trajectories after {args.epochs} epochs: {variance[-1]:.4g}{share}")

@@ -32,8 +32,8 @@ def start(name, argv, stderr=os.devnull, prepare=lambda: None):
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for descriptor, path in ((1, os.devnull), (2, stderr)):
             os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not pytest's
         prepare()
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not pytest's
         import common
 
         module = __import__(name)

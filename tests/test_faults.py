@@ -138,6 +138,17 @@ def mistaken(contents, tensors):
     for name, wrong in {"options": [1], "targets_id": 3, "images_id": torch.zeros(1)}.items():
         if name in contents:
             found[f"{name} of another kind"] = packed({**contents, name: wrong})
+    if "at" in contents:  # well formed, but not what was written
+        for name, value in contents["at"].items():
+            if type(value) is int:
+                for wrong in (value + 1, -1, 2**62):
+                    found[f"at {wrong} in {name}"] = packed(changed(contents, ("at", name), wrong))
+        for wrong in ([0, ""], None, [2**62, contents["log"][1]]):
+            found[f"log {wrong}"] = packed({**contents, "log": wrong})
+        meta = changed(contents, tensors[0], torch.empty(3, device="meta"))
+        found["a tensor without values"] = packed(meta)
+        if "optimizer" in contents["parts"]:
+            found["no momentum"] = packed(changed(contents, ("parts", "optimizer", "state"), {}))
     if "options" in contents:
         of_tensors = {"train_experts": {"x": torch.ones(2)}}
         found["options with tensors"] = packed({**contents, "options": of_tensors})
@@ -273,6 +284,40 @@ def test_more_experts_are_another_run(copy, stage, capsys, monkeypatch):
     path = under_way(copy, "sets/mkdt_random.checkpoint", stage, monkeypatch)
     shutil.copy(copy / "experts/0000.pt", copy / "experts/0003.pt")
     refuses(capsys, lambda: stage("distill", [*MKDT, "--out_dir", copy]), str(path), "experts 3", "experts 4")
+
+
+def test_a_log_that_was_changed_is_not_cut(copy, stage, capsys, monkeypatch):
+    path = under_way(copy, "sets/mkdt_random.checkpoint", stage, monkeypatch)
+    log = copy / "distill_mkdt_random.jsonl"
+    text = '{"note": "mine"}\n' + log.read_text() + '{"note": "precious"}\n'
+    log.write_text(text)
+    stage("distill", [*MKDT, "--out_dir", copy])
+    assert "has changed" in capsys.readouterr().out and log.read_text().startswith(text) and not path.exists()
+
+
+def test_a_failure_at_the_start_leaves_the_log(copy, stage, monkeypatch):
+    """What an earlier start of the same run has logged goes when there is something in its place."""
+    log = copy / "train_teacher.jsonl"
+    for file in ("targets.pt", "teacher.pt"):
+        os.remove(copy / file)
+    before = [record for _, record in common.read_records(log)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *words: common.fail("no room"))
+        with pytest.raises(SystemExit):
+            stage("train_teacher", [*TEACHER, "--out_dir", copy])
+    assert [record for _, record in common.read_records(log)][: len(before)] == before
+    stage("train_teacher", [*TEACHER, "--out_dir", copy])
+    assert len(common.read_records(log)) == len(before)
+
+
+def test_files_that_are_no_files(copy, stage, capsys):
+    os.mkfifo(copy / "sets/fifo.pt")
+    run = [*EVALUATE, "--out_dir", copy, "--sets", "fifo"]
+    refuses(capsys, lambda: stage("evaluate", run), "is not a file")
+    (copy / "precious").write_text("precious")
+    (copy / "sets/new.pt.tmp").symlink_to(copy / "precious")
+    stage("distill", [*MKDT, "--out_dir", copy, "--name", "new"])
+    assert (copy / "precious").read_text() == "precious" and not (copy / "sets/new.pt").is_symlink()
 
 
 # -- disks, rights, a second run -----------------------------------------------------------------------------

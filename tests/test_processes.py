@@ -95,6 +95,12 @@ def read(path):
     return torch.load(path, weights_only=True)
 
 
+def test_logs_begin_with_how_they_were_made(two):
+    for name in ("train_experts", "distill_mkdt_random", "evaluate"):
+        first, *rest = [json.loads(line) for line in (two / f"run/{name}.jsonl").read_text().splitlines()]
+        assert first["processes"] == 2 and not any("options" in record for record in rest)
+
+
 def test_the_teachers_step_is_that_of_one_process(two):
     steps = read(two / "steps.pt")
     for ssl in SSL:

@@ -58,6 +58,26 @@ def prepared(run_dir, folder, needs):
     return folder
 
 
+def test_stopped_with_what_it_is_piped_to(run_dir, tmp_path):
+    """Ctrl-C ends "... | tee log" as a whole; the checkpoint is written even so, and the status is right."""
+    folder = prepared(run_dir, tmp_path / "piped", ["targets.pt", "experts"])
+
+    def broken_pipe():
+        read, write = os.pipe()
+        os.dup2(write, 1), os.dup2(write, 2)
+        os.close(read), os.close(write)
+
+    argv = [*MATCH, "--iters", "100000", "--checkpoint_minutes", "0", "--out_dir", str(folder)]
+    process = start("distill", argv, prepare=broken_pipe)
+    checkpoint = folder / "sets/mkdt_random.checkpoint"
+    while not checkpoint.exists() and process.is_alive():
+        time.sleep(0.02)
+    checkpoint.unlink()
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130 and checkpoint.exists()
+
+
 @pytest.mark.parametrize("which", RUNS)
 def test_killed_at_random_points(which, run_dir, tmp_path, request):
     """SIGKILL, SIGTERM and Ctrl-C at random points, with a checkpoint after every step or seldom."""
