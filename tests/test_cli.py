@@ -281,7 +281,9 @@ def test_every_command_of_the_readme_parses():
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             name, _, value = words.pop(0).partition("=")
             variables[name] = value
-        if words[:1] in (["python"], ["torchrun"]) and any(word.endswith(".py") for word in words):
+        if words[:3] == ["python", "-m", "pytest"]:
+            assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
+        elif words[:1] in (["python"], ["torchrun"]) and any(word.endswith(".py") for word in words):
             parse(shlex.join(words))
             found[words[0]] += 1
         elif words[:2] == ["bash", "run_all.sh"]:
