@@ -274,13 +274,16 @@ def test_every_command_of_the_readme_parses():
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines = [part.strip() for line in lines for part in line.split("&&")]
-    found = {"python": 0, "bash": 0, "torchrun": 0}
+    found, shell = {"python": 0, "bash": 0, "torchrun": 0}, {}
     for line in lines:
+        line = re.sub(r"\$([A-Z]+)\b", lambda match: shell.get(match[1], match[0]), line)
         words = shlex.split(line, comments=True)
         variables = {}
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             name, _, value = words.pop(0).partition("=")
             variables[name] = value
+        if not words:
+            shell.update(variables)
         if words[:3] == ["python", "-m", "pytest"]:
             assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
         elif words[:1] in (["python"], ["torchrun"]) and any(word.endswith(".py") for word in words):
