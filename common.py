@@ -1019,12 +1019,6 @@ def replacing(path, otherwise="make room there, or choose another --out_dir"):
             temporary.unlink()
 
 
-def write_text(path, text):
-    """Write a text file, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
 def append(path, record):
     """Add a JSON record to a file, as a line of its own, or nothing: exits if there is no room for it."""
     path = Path(path)

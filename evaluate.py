@@ -581,6 +581,12 @@ def write_figure(path, figure, lines):
         figure.savefig(temporary, dpi=120, format="png")
 
 
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    with common.replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def save_figure(path, cells, rows, downstream, fractions):
     """Accuracy against the labelled fraction, a line and its std over the seeds a row, a panel a data set."""
     drawing = new_figure(path, len(downstream))
@@ -628,7 +634,7 @@ def write_tables(args, cells, rows, paper):
         figures = "three seeds, std with divisor n, from results/paper.csv" if paper else "not known here"
         caption += f" The paper's figures: {figures}."
     path = args.out_dir / f"{args.name}.md"
-    common.write_text(path, f"{tables}\n{caption}\n")
+    write_text(path, f"{tables}\n{caption}\n")
     save_figure(args.out_dir / f"{args.name}.png", cells, rows, args.downstream, args.fractions)
     print(f"\n{tables}\n{caption}\nwrote {path} and results.jsonl")
 
@@ -750,8 +756,8 @@ def figure1(args):
     curves = [read_curve(run) for run in args.figure1]
     path = args.out_dir / f"{args.name}.md"
     reading = read_figure(curves)
-    common.write_text(path.with_suffix(".jsonl"), "".join(json.dumps(curve) + "\n" for curve in curves))
-    common.write_text(path, reading)
+    write_text(path.with_suffix(".jsonl"), "".join(json.dumps(curve) + "\n" for curve in curves))
+    write_text(path, reading)
     parts = [  # key, title, x
         ("trajectory_variance", "1a: variance of trajectories", "epoch"),
         ("relative_variance", "relative to the squared distance", "epoch"),

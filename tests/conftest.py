@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,30 @@ def run_dir(tmp_path_factory):
             distill.main(distill.parse_args([*DISTILL, *out, "--init", init, "--iters", iters]))
     evaluate.main(evaluate.parse_args(EVALUATE + out))
     return Path(out[1])
+
+
+@pytest.fixture
+def copy(run_dir, tmp_path):
+    """A copy of the run that a test may change."""
+    return Path(shutil.copytree(run_dir, tmp_path / "copy"))
+
+
+def refuses(capsys, function, *words, what=""):
+    """function() ends with exit status 2 and one line on stderr, which holds the words; returns the line.
+
+    what: is tried, to be told where it is taken.
+    """
+    capsys.readouterr()
+    try:
+        function()
+    except SystemExit as stop:
+        code, message = stop.code, capsys.readouterr().err
+    else:
+        pytest.fail(f"not refused: {what}")
+    assert code == 2 and message.startswith("error: ") and message.count("\n") == 1, (what, message)
+    for word in words:
+        assert word in message
+    return message
 
 
 def pytest_addoption(parser):

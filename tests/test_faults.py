@@ -16,36 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, DISTILL, EVALUATE, EXPERTS, STUDENT, TEACHER, start
+from conftest import DATA, DISTILL, EVALUATE, EXPERTS, STUDENT, TEACHER, refuses, start
 
 import common
 
 
 def snapshot(folder):
     return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".claims"}
-
-
-def refuses(capsys, function, *words, what=""):
-    """function() ends with exit status 2 and one line on stderr, which holds the words; returns the line.
-
-    what: is tried, to be told where it is taken.
-    """
-    capsys.readouterr()
-    try:
-        function()
-    except SystemExit as stop:
-        code, message = stop.code, capsys.readouterr().err
-    else:
-        pytest.fail(f"not refused: {what}")
-    assert code == 2 and message.startswith("error: ") and message.count("\n") == 1, (what, message)
-    for word in words:
-        assert word in message
-    return message
-
-
-@pytest.fixture
-def copy(run_dir, tmp_path):
-    return Path(shutil.copytree(run_dir, tmp_path / "copy"))
 
 
 # -- files ---------------------------------------------------------------------------------------------------

@@ -4,11 +4,10 @@ import functools
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, DISTILL, EVALUATE, EXPERTS, TEACHER
+from conftest import DATA, DISTILL, EVALUATE, EXPERTS, TEACHER, refuses
 
 import common
 import distill
@@ -16,23 +15,6 @@ import evaluate
 import train_experts
 
 N, S, D = 150, 15, 32  # real images, images of a set, dimension of the targets
-
-
-@pytest.fixture
-def copy(run_dir, tmp_path):
-    """A copy of the run that a test may change."""
-    return Path(shutil.copytree(run_dir, tmp_path / "copy"))
-
-
-def refuses(capsys, function, *words):
-    """function() ends with exit status 2 and one line on stderr that holds the words."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function()
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
-    for word in words:
-        assert word in message
 
 
 def read(path):
