@@ -289,6 +289,11 @@ def denormalise(images, mean, std):
     return images * std.view(-1, 1, 1).to(images.device) + mean.view(-1, 1, 1).to(images.device)
 
 
+def enlarge(images, size):
+    """(B, C, h, h) to (B, C, size, size), by bilinear interpolation; as they are if they have that size."""
+    return images if images.shape[-1] == size else F.interpolate(images, (size, size), mode="bilinear")
+
+
 def read_image(path):
     """An image file of any mode as a PIL image, 8 bits RGB; raises what Pillow raises, or ValueError."""
     with open(path, "rb") as file, Image.open(file) as image:

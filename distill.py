@@ -13,6 +13,7 @@ images and targets by kernel ridge regression on the features of students that t
 Reads:  OUT/targets.pt, OUT/experts/*.pt (MKDT, high-loss subset) and the data set.
 Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,) and std (C,); targets (S, D)
                              float32; lr: a float; indices (S,) int64 of the real images at the start}
+                             With --stored_size images are smaller: image_size is what they are enlarged to
         OUT/sets/NAME.png   some of the images, start above result
         OUT/sets/NAME.checkpoint, until then: started again, the same command goes on from there
 
@@ -50,7 +51,7 @@ RECIPES = {  # defaults that depend on the method
 INITS = ["high_loss", "random", "sas"]
 OF_LEARNING = (  # options that a plain subset does not depend on
     "lr_img syn_steps expert_epochs max_start_epoch batch_syn inner_momentum lr_lr lr_targets momentum "
-    "clip_grad pool_size pool_steps batch_real ridge precision".split()
+    "clip_grad log_lr distance pool_size pool_steps batch_real ridge precision".split()
 )
 
 
@@ -70,6 +71,8 @@ def parse_args(argv=None):
     syn = parser.add_argument_group("synthetic set D_syn, Z_syn")
     syn.add_argument("--method", choices=RECIPES, default="mkdt", help="how it is learnt")
     syn.add_argument("--fraction", type=number, default=0.02, help="|D_syn| / |D_real|")
+    stored = "keep images of so many pixels, which students see enlarged, and more of them: the same bytes"
+    syn.add_argument("--stored_size", type=positive, metavar="PX", help=stored)
     inits = "start of D_syn (default: high_loss, krr_st random)"
     syn.add_argument("--init", choices=INITS, help=inits)
     syn.add_argument("--num_latent_classes", type=positive, help="SAS: of k-means (default: the data set's)")
@@ -96,6 +99,10 @@ def parse_args(argv=None):
     match.add_argument("--micro_batch", type=positive, help=parts)
     match.add_argument("--inner_momentum", type=number, default=0.0, help="of the N steps (the paper: none)")
     match.add_argument("--lr_lr", type=number, default=1e-4, help="lr of alpha_syn")
+    logarithm = "learn log alpha_syn, which --lr_lr is then the lr of (the paper: alpha_syn itself)"
+    match.add_argument("--log_lr", action="store_true", help=logarithm)
+    distances = "each parameter tensor counts alike, or all their elements (the paper)"
+    match.add_argument("--distance", choices=["elements", "tensors"], default="elements", help=distances)
     match.add_argument("--lr_targets", type=number, default=0.0, help="lr of Z_syn (authors' code: 1)")
     match.add_argument("--momentum", type=number, default=0.5, help="of the SGD on pixels, lr, Z_syn")
     match.add_argument("--clip_grad", type=number, help="largest norm of the pixels' gradient (paper: any)")
@@ -116,6 +123,8 @@ def parse_args(argv=None):
             continue
         if re.fullmatch(r"(none|full)?(_seed\d+)?", name) or not re.fullmatch(r"\w[\w.+-]*", name):
             common.fail(f"--{option} {name!r}: choose letters, digits, and . + - _ within; not none or full")
+    if args.stored_size and args.method != "mkdt":
+        common.fail(f"--stored_size: --method {args.method} has none; leave it out")
     for name, value in RECIPES[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -242,9 +251,20 @@ def student_steps(
     return _StudentSteps.apply(theta, images, targets, lr, gradient, reverse, batches, momentum, micro_batch)
 
 
-def matching_loss(theta, start, target):
-    """||theta - target||^2 / ||start - target||^2 (eq. 4): 1 if the student stood still, 0 if it arrived."""
-    return (theta - target).square().sum() / (start - target).square().sum()
+def matching_loss(theta, start, target, sizes=None):
+    """||theta - target||^2 / ||start - target||^2 (eq. 4): 1 if the student stood still, 0 if it arrived.
+
+    sizes: numbers of elements of theta's parameter tensors, to weigh each tensor l by 1 / (its own squared
+    distance from start to target + a thousandth of all of theta's) in both (differs). The head and the last
+    norm move most, and the probe drops the one and sees the other as a scale; weighed so, the convolutions
+    count as much. The thousandth is for tensors that should hardly move, such as biases before a norm.
+    """
+    off, way = (theta - target).square(), (start - target).square()
+    if sizes:
+        off, way = (torch.stack([part.sum() for part in x.split(sizes)]) for x in (off, way))
+        weights = 1 / (way + way.sum() / 1000)
+        off, way = weights * off, weights * way
+    return off.sum() / way.sum()
 
 
 def draw_batches(size, batch_size, steps, generator, smallest=1):
@@ -259,15 +279,21 @@ def draw_batches(size, batch_size, steps, generator, smallest=1):
     return batches[:steps]
 
 
-def trajectory_losses(args, net, loss_fn, images, targets, lr, trajectories, generator):
+def alpha_syn(args, lr):
+    """The synthetic set's learning rate, from what is learnt of it: lr itself, or its logarithm."""
+    return lr.exp() if args.log_lr else lr
+
+
+def trajectory_losses(args, net, loss_fn, px, images, targets, lr, trajectories, generator):
     """MKDT: yields (matching loss, what was drawn, None) without end, differentiable in the synthetic set.
 
-    net gives the shape of the students; loss_fn is make_objective's, in the paper eq. 5; images
-    (S, C, H, W), targets (S, D) and lr are the set as it is now; trajectories are load_experts'. Every
-    process yields its own of an iteration's --segments.
+    net gives the shape of the students, which see images of px pixels; loss_fn is make_objective's, in the
+    paper eq. 5; images (S, C, H, W), targets (S, D) and lr are the set as it is now; trajectories are
+    load_experts'. Every process yields its own of an iteration's --segments.
     """
     draws = torch.Generator(args.device)
     ssl, functions = args.objective in common.SSL, None
+    sizes = [p.numel() for p in net.parameters()] if args.distance == "tensors" else None
 
     if args.compile and not ssl:  # the views of SSL are new in every step
 
@@ -295,10 +321,12 @@ def trajectory_losses(args, net, loss_fn, images, targets, lr, trajectories, gen
             draws.manual_seed(seed + n)  # on the way back, step n sees its views again
             return loss_fn(lambda x: common.forward_flat(net, theta, x), x, z, draws)
 
+        seen = common.enlarge(images, px)
         theta = student_steps(
-            step_loss, start, images, targets, lr, batches, args.inner_momentum, functions, args.micro_batch
-        )
-        yield matching_loss(theta, start, goal), {"expert": k, "start_epoch": t}, None
+            step_loss, start, seen, targets, alpha_syn(args, lr), batches, args.inner_momentum, functions,
+            args.micro_batch,
+        )  # fmt: skip
+        yield matching_loss(theta, start, goal, sizes), {"expert": k, "start_epoch": t}, None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -572,8 +600,12 @@ def main(args):
     if common.rank() == 0 and not common.claim(args.out_dir, path):
         common.fail(f"{path}: another run is making it; wait for it, or choose another --name or --out_dir")
     n, channels, px = train.images.shape[:3]
-    stats = (train.mean, train.std)
+    stats, stored = (train.mean, train.std), args.stored_size or px
+    if stored > px:
+        common.fail(f"--stored_size {stored}: the images have {px} px; choose less")
     size = int(args.fraction * n)  # S
+    dims = all_targets.shape[1]
+    size = size * (channels * px**2 + dims) // (channels * stored**2 + dims)  # as many numbers in all
     if not 1 + ssl <= size <= n:
         common.fail(
             f"--fraction {args.fraction}: makes a set of {size} of {n} images; choose one from "
@@ -609,9 +641,11 @@ def main(args):
     else:
         indices = torch.randperm(n, generator=generator)[:size]
     start_images = common.normalise(train.images[indices], *stats).to(args.device)
+    if stored < px:
+        start_images = F.interpolate(start_images, (stored, stored), mode="area")
     images = start_images.clone().requires_grad_()  # D_syn
     targets = all_targets[indices].to(args.device)  # Z_syn
-    lr = torch.tensor(args.lr_init, device=args.device)  # alpha_syn
+    lr = torch.tensor(math.log(args.lr_init) if args.log_lr else args.lr_init, device=args.device)
     pool = []
     if matching:
         groups = [{"params": images, "lr": args.lr_img}, {"params": lr.requires_grad_(), "lr": args.lr_lr}]
@@ -619,7 +653,7 @@ def main(args):
             groups.append({"params": targets.requires_grad_(), "lr": args.lr_targets})
         optimizer = torch.optim.SGD(groups, momentum=args.momentum)
         loss_fn = common.make_objective(args.objective, train, args.precision)
-        losses = trajectory_losses(args, net, loss_fn, images, targets, lr, trajectories, generator)
+        losses = trajectory_losses(args, net, loss_fn, px, images, targets, lr, trajectories, generator)
     else:
         optimizer = torch.optim.AdamW([images, targets.requires_grad_()], args.lr_img, weight_decay=0)
         pool = make_pool(args, make_net, generator)
@@ -654,42 +688,45 @@ def main(args):
         norm = torch.nn.utils.clip_grad_norm_(images, args.clip_grad or math.inf).item()
         optimizer.step()
         schedule.step()
-        lr.data.clamp_(min=args.lr_init / 1000)  # alpha_syn stays positive
+        if not args.log_lr:
+            lr.data.clamp_(min=args.lr_init / 1000)  # alpha_syn stays positive
         for then in afterwards:
             then()
 
-        value = total.item()
+        value, alpha = total.item(), alpha_syn(args, lr).item()
         recent.append(value)
-        if not (math.isfinite(value) and lr.isfinite() and images.isfinite().all()):
+        if not (math.isfinite(value) and math.isfinite(alpha) and images.isfinite().all()):
             common.fail(
-                f"the loss is {value} in iteration {it} (lr {lr.item():.3g}): choose a smaller --lr_img than "
+                f"the loss is {value} in iteration {it} (lr {alpha:.3g}): choose a smaller --lr_img than "
                 f"{args.lr_img:g}, or a smaller --lr_lr or --lr_init; {checkpoint.kept()}"
             )
         moved = (images.detach() - start_images).abs().mean().item()
         kind = "matching_loss" if matching else "regression_loss"
         drawn = drawn[0] if own == 1 else {"segments": drawn}
-        record = {"iteration": it, **drawn, kind: value, "lr": lr.item(), "pixel_change": moved}
+        record = {"iteration": it, **drawn, kind: value, "lr": alpha, "pixel_change": moved}
         if common.rank() == 0:
             log.write(**record, gradient_norm=norm, seconds=round(time.time() - began, 4))
         began = time.time()
-        progress(it, **{kind: value}, lr=lr, pixels_moved=moved)
+        progress(it, **{kind: value}, lr=alpha, pixels_moved=moved)
         checkpoint.tick(last=it == args.iters, iteration=it)
 
     if common.rank() > 0:
         return
-    save_picture(path.with_suffix(".png"), start_images, images.detach(), stats)
+    pictures = (common.enlarge(x, px) for x in (start_images, images.detach()))
+    save_picture(path.with_suffix(".png"), *pictures, stats)
     common.save(path, {
         "images": images.detach().cpu(),
         "targets": targets.detach().cpu(),
-        "lr": lr.item(),
+        "lr": alpha_syn(args, lr).item(),
         "indices": indices,
         "mean": train.mean,
         "std": train.std,
+        "image_size": px,
         **made,
         "options": {**made["options"], "distill": options},
     })  # fmt: skip
     checkpoint.remove()
-    print(f"wrote {path} and .png: {size} images, lr {lr.item():.4f}")
+    print(f"wrote {path} and .png: {size} images, lr {alpha_syn(args, lr).item():.4f}")
     if matching and recent and statistics.mean(recent) > 2:
         print(
             f"warning: {path}: the matching loss ended at {statistics.mean(recent):.3g}, and a student that "

@@ -15,6 +15,7 @@ Writes: OUT/results.jsonl   one record an accuracy; a stage that is started agai
     python evaluate.py --downstream cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers --paper table1
     python evaluate.py --sets none subset_random subset_random:simclr krr_st_random:krr_st full
     python evaluate.py --protocol finetune        # full fine-tuning on all labels (appendix B)
+    python evaluate.py --probe_at 20 80 320 --name curve    # accuracy against steps of pre-training
     python evaluate.py --figure1 runs/a runs/b    # or: the paper's figure 1, from the logs of other stages
     torchrun --nproc_per_node 4 evaluate.py       # on four GPUs, each its sets and seeds
 
@@ -108,6 +109,8 @@ def parse_args(argv=None):
     objectives = "kd: MSE to the targets; krr_st: that with KRR-ST's recipe; or SSL on the images; a row each"
     pre.add_argument("--pretrain", nargs="+", choices=OBJECTIVES, default=["kd"], help=objectives)
     pre.add_argument("--epochs", type=positive, default=20, help="over the set")
+    steps = "probe after so many steps, too many epochs or too few: a curve of accuracy against steps"
+    pre.add_argument("--probe_at", type=positive, nargs="+", metavar="STEPS", help=steps)
     pre.add_argument("--krr_st_epochs", type=positive, default=1000, help="the same with KRR-ST's recipe")
     pre.add_argument("--batch_size", type=positive, default=256, help="images a step")
     pre.add_argument("--lr", type=number, default=0.1, help="for full data; a set brings its own, alpha_syn")
@@ -134,7 +137,9 @@ def parse_args(argv=None):
     args.out_dir = args.out_dir or beside
     args.downstream = args.downstream or [args.dataset]
     args.fractions = args.fractions or ([0.01, 0.05] if args.protocol == "linear" else [1.0])
-    for option in ("sets", "pretrain", "downstream", "fractions", "seeds"):  # each once
+    if args.probe_at:
+        args.probe_at = sorted(args.probe_at)
+    for option in ("sets", "pretrain", "downstream", "fractions", "seeds", "probe_at"):  # each once
         if getattr(args, option):
             setattr(args, option, list(dict.fromkeys(getattr(args, option))))
     for fraction in args.fractions:
@@ -167,13 +172,14 @@ def make_encoder(args, out_dim, image_size, channels):
     return common.ResNet(blocks, out_dim, channels, args.width, lambda w: nn.GroupNorm(w, w), strides)
 
 
-def pretrain(net, objective, images, targets, data, lr, args, seed, tick=None, resume=None):
+def pretrain(net, objective, images, targets, data, lr, args, seed, tick=None, resume=None, judge=None):
     """Train net in place on a set: by SGD on the MSE to its targets (objective "kd", eq. 9), or by SSL.
 
     "krr_st" is "kd" with the recipe of KRR-ST (Lee et al., ICLR 2024). SSL sees the images alone, in two
     random views, and trains by Adam, as the paper does (appendix A.2). images (S, C, H, W) are normalised by
     the mean and std of data, an ImageSet, or uint8. tick(share done, loss) is called in every step;
-    resume(at, optimizer=optimizer, draws=draws) makes the encoder's Checkpoint.
+    resume(at, optimizer=optimizer, draws=draws) makes the encoder's Checkpoint; judge(net, steps) is called
+    after each of the numbers of steps --probe_at, the last of which ends the training.
     """
     epochs = args.krr_st_epochs if objective == "krr_st" else args.epochs
     net.train()
@@ -189,25 +195,28 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, tick=None, r
         optimizer = torch.optim.SGD(net.parameters(), lr, args.momentum, weight_decay=args.weight_decay)
 
     checkpoint = resume({"step": 0}, optimizer=optimizer, draws=draws) if resume else None
-    steps, done = 0, checkpoint.at["step"] if checkpoint else 0
     smallest = 2 if objective in common.SSL or args.arch != "convnet" else 1  # to contrast, or for BatchNorm
-    for epoch in range(epochs):
-        batches = torch.randperm(len(images), generator=order).split(args.batch_size)
-        batches = [batch for batch in batches if len(batch) >= smallest]
-        skipped = min(len(batches), max(0, done - steps))
-        steps += skipped
-        for i, (x, z) in enumerate(common.fetch([images, targets], batches[skipped:], args.device), skipped):
-            steps += 1
-            loss = loss_fn(net, x, z, draws)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if tick:
-                tick((epoch + (i + 1) / len(batches)) / epochs, loss)
-            if checkpoint:
-                checkpoint.tick(last=epoch + 1 == epochs and i + 1 == len(batches), step=steps)
+    full, left_over = divmod(len(images), args.batch_size)
+    steps = (full if args.batch_size >= smallest else 0) + (left_over >= smallest)  # of an epoch
     if not steps:
         common.fail(f"{len(images)} images in batches of {args.batch_size}: {objective} needs two in a batch")
+    steps = args.probe_at[-1] if args.probe_at else epochs * steps
+    done = checkpoint.at["step"] if checkpoint else 0
+    passes = (torch.randperm(len(images), generator=order).split(args.batch_size) for _ in itertools.count())
+    batches = (batch for batch in itertools.chain.from_iterable(passes) if len(batch) >= smallest)
+    batches = itertools.islice(batches, done, steps)
+    for step, (x, z) in enumerate(common.fetch([images, targets], batches, args.device), done + 1):
+        loss = loss_fn(net, x, z, draws)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if tick:
+            tick(step / steps, loss)
+        if step in (args.probe_at or ()):
+            judge(net, step)
+            net.train()
+        if checkpoint:
+            checkpoint.tick(last=step == steps, step=step)
 
 
 def label_order(labels, label_draw, seed):
@@ -317,6 +326,8 @@ def load_set(path, channels, image_size, out_dim, made):
     """A set's (images, targets, lr); exits if it does not fit the student or is of another origin."""
     contents = common.load(path, {"images": 4, "targets": 2, "lr": float}, "distill.py")
     images, targets = contents["images"], contents["targets"]
+    if contents.get("image_size") == image_size and images.shape[2] == images.shape[3] <= image_size:
+        images = common.enlarge(images, image_size)  # they may be stored smaller
     shape = (channels, image_size, image_size)
     if images.shape[1:] != shape or len(images) != len(targets) or len(images) == 0:
         common.fail(
@@ -372,7 +383,7 @@ def num_labelled(name, fraction, train):
 def key(record):
     """What an accuracy in results.jsonl belongs to, besides the options."""
     names = ("set", "set_id", "pretrain", "downstream", "data_id", "fraction", "seed")
-    return tuple(record[name] for name in names)
+    return *(record[name] for name in names), record.get("steps")
 
 
 def read_results(path):
@@ -503,24 +514,30 @@ def read_paper(table, dataset, arch):
     }
 
 
-def make_tables(cells, rows, downstream, fractions, paper, dataset):
-    """Markdown, a table a downstream set, a row a (set, objective), columns for each labelled fraction:
-    accuracy, mean ± std; difference to the random subset, paired by seed, ± standard error, for both see the
-    same labelled images, whose draw makes most of the std; the paper's figure, if it has one.
+def budget_text(budget):
+    """The head of a column: the labelled fraction, and the steps of the pre-training if they are said."""
+    fraction, steps = budget
+    return f"{100 * fraction:g} % labels" + (f", {steps:,} steps" if steps else "")
 
-    rows: find_rows'; cells: {(row, downstream, fraction): (sets, seeds) accuracies in percent, NaN where one
+
+def make_tables(cells, rows, downstream, budgets, paper, dataset):
+    """Markdown, a table a downstream set, a row a (set, objective), columns for each budget, a pair (labelled
+    fraction, steps of pre-training, which are None if --epochs counts): accuracy, mean ± std; difference to
+    the random subset, paired by seed, ± standard error, for both see the same labelled images, whose draw
+    makes most of the std; the paper's figure, if it has one.
+
+    rows: find_rows'; cells: {(row, downstream, budget): (sets, seeds) accuracies in percent, NaN where one
     failed, or None if there is no such set}; paper: read_paper's, dataset: the run's pre-training set.
     """
     base = ("subset_random", "kd")
 
-    def accuracy(row, d, f):
-        return accuracy_text(cells[row, d, f])
+    def accuracy(row, d, budget):
+        return accuracy_text(cells[row, d, budget])
 
-    def difference(row, d, f):
+    def difference(row, d, budget):
         seeds = [[name.removeprefix(r[0]) for name in rows[r]] for r in (row, base)]
-        return (
-            difference_text(cells[row, d, f], cells[base, d, f], seeds[0] == seeds[1]) if row != base else ""
-        )
+        values = cells[row, d, budget], cells[base, d, budget]
+        return difference_text(*values, seeds[0] == seeds[1]) if row != base else ""
 
     def published(where):
         """A column of paper, where = (pre-training set, downstream, fraction)."""
@@ -537,24 +554,25 @@ def make_tables(cells, rows, downstream, fractions, paper, dataset):
 
     tables = []
     for d in downstream:
-        columns = []  # (head, function of (row, d, f), f)
+        columns = []  # (head, function of (row, d, budget), budget)
         known = {(where[0], *where[2:]): source for where, (_, source) in paper.items()}
-        for f in fractions:
-            columns.append((f"{100 * f:g} % labels", accuracy, f))
+        for budget in budgets:
+            columns.append((budget_text(budget), accuracy, budget))
             if base in rows and len(rows) > 1:
-                columns.append(("difference", difference, f))
-            if (dataset, d, f) in known:
-                columns.append((known[dataset, d, f], published((dataset, d, f)), f))
+                columns.append(("difference", difference, budget))
+            where = (dataset, d, budget[0])
+            if where in known and not budget[1]:
+                columns.append((known[where], published(where), budget))
         for where, source in known.items():
             if d == dataset and where[0] == where[1] != dataset:  # to stand beside
                 columns.append((f"{source}: {where[0]}, {100 * where[2]:g} %", published(where), None))
         heads = [f"pre-training set; labels of {title(d)}", "n", *(head for head, _, _ in columns)]
         lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for row in rows:
-            values = cells[row, d, fractions[0]]
+            values = cells[row, d, budgets[0]]
             num_sets, seeds = (0, 0) if values is None else values.shape
             n = f"{num_sets} x {seeds}" if num_sets > 1 else f"{seeds}"
-            texts = [row_title(row), n, *(text(row, d, f) for _, text, f in columns)]
+            texts = [row_title(row), n, *(text(row, d, budget) for _, text, budget in columns)]
             lines.append(f"| {' | '.join(texts)} |")
         tables.append("\n".join(lines) + "\n")
     return "\n".join(tables)
@@ -587,43 +605,51 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def save_figure(path, cells, rows, downstream, fractions):
-    """Accuracy against the labelled fraction, a line and its std over the seeds a row, a panel a data set."""
-    drawing = new_figure(path, len(downstream))
+def save_figure(path, cells, rows, downstream, budgets):
+    """Accuracy, a line and its std over the seeds a row: against the labelled fraction, a panel a data set;
+    or, with --probe_at, against the steps of pre-training, a panel a data set and fraction.
+    """
+    curve = budgets[0][1] is not None
+    panels = [
+        (d, sorted(budget for budget in budgets if not curve or budget[0] == f))
+        for d in downstream
+        for f in (dict.fromkeys(f for f, _ in budgets) if curve else [None])
+    ]  # (downstream set, budgets) each
+    drawing = new_figure(path, len(panels))
     if not drawing:
         return
-    figure, panels, colours = drawing
-    fractions = sorted(fractions)
-    percent, lines = [100 * f for f in fractions], {}  # title of a row -> its line
-    for panel, d in zip(panels, downstream):
+    figure, axes, colours = drawing
+    lines = {}  # title of a row -> its line
+    for panel, (d, shown) in zip(axes, panels):
+        x = [steps if curve else 100 * f for f, steps in shown]
         for row, colour in zip(rows, itertools.cycle(colours)):
-            values = [cells[row, d, f] for f in fractions]
+            values = [cells[row, d, budget] for budget in shown]
             if any(v is None or complete(v).numel() == 0 for v in values):
                 continue
             values = [complete(v) for v in values]
             means = torch.stack([v.mean() for v in values])
             one = min(v.shape[1] for v in values) == 1
             stds = None if one else torch.stack([v.var(1).mean().sqrt() for v in values])
-            lines[row_title(row)] = panel.errorbar(percent, means, stds, capsize=3, color=colour)
-        panel.set(
-            title=common.run_name(d).replace("$", r"\$"),
-            xlabel="labelled images in %",
-            ylabel="accuracy in %",
-            xscale="log",
-        )
-        panel.set_xticks(percent, [f"{p:g}" for p in percent])
+            lines[row_title(row)] = panel.errorbar(x, means, stds, capsize=3, color=colour)
+        title = common.run_name(d).replace("$", r"\$")
+        title += f", {100 * shown[0][0]:g} % labels" if curve else ""
+        what = "steps of pre-training" if curve else "labelled images in %"
+        panel.set(title=title, xlabel=what, ylabel="accuracy in %", xscale="log")
+        panel.set_xticks(x, [f"{tick:g}" for tick in x])
         panel.minorticks_off()
     write_figure(path, figure, lines)
 
 
-def write_tables(args, cells, rows, paper):
+def write_tables(args, cells, rows, budgets, paper):
     """OUT/NAME.md and OUT/NAME.png; prints the tables."""
-    tables = make_tables(cells, rows, args.downstream, args.fractions, paper, args.dataset)
+    tables = make_tables(cells, rows, args.downstream, budgets, paper, args.dataset)
     judged = "linear probe" if args.protocol == "linear" else f"full fine-tuning ({args.protocol})"
     drawn = "order and labels" if args.label_seed is None else f"order (labels: seed {args.label_seed})"
+    long = f"{args.epochs} epochs (as in KRR-ST: {args.krr_st_epochs})"
+    long = "the steps that are said" if args.probe_at else long
     caption = (
         f"Accuracy in % on the {args.split} split, {judged} of {args.arch} encoders pre-trained on "
-        f"{common.run_name(args.dataset)} for {args.epochs} epochs (as in KRR-ST: {args.krr_st_epochs}). "
+        f"{common.run_name(args.dataset)} for {long}. "
         f"Mean ± std (divisor n - 1) over n seeds of weights, {drawn}, or sets x seeds. Differences to the "
         "random subset: paired by seed, ± standard error. Rows that name no other way are pre-trained by MSE "
         "to the set's targets (KD)."
@@ -635,7 +661,7 @@ def write_tables(args, cells, rows, paper):
         caption += f" The paper's figures: {figures}."
     path = args.out_dir / f"{args.name}.md"
     write_text(path, f"{tables}\n{caption}\n")
-    save_figure(args.out_dir / f"{args.name}.png", cells, rows, args.downstream, args.fractions)
+    save_figure(args.out_dir / f"{args.name}.png", cells, rows, args.downstream, budgets)
     print(f"\n{tables}\n{caption}\nwrote {path} and results.jsonl")
 
 
@@ -828,8 +854,10 @@ def main(args):
 
     # An accuracy is known if results.jsonl has it for these options, this very set and these very images.
     results = args.out_dir / "results.jsonl"
-    of_cell = ("dataset", "sets", "lr", "pretrain", "downstream", "fractions", "seeds", "paper")
+    of_cell = ("dataset", "sets", "lr", "pretrain", "downstream", "fractions", "seeds", "paper", "probe_at")
     options = {name: value for name, value in common.recipe(vars(args)).items() if name not in of_cell}
+    if args.probe_at:  # which end the training
+        options |= {"epochs": None, "krr_st_epochs": None}
     options["targets_id"] = made["targets_id"]
 
     def read_known():
@@ -837,7 +865,8 @@ def main(args):
         older = {"precision": "fp32"}  # what they do not say
         return {key(r): r["accuracy"] for r in records if older | r["options"] == options}
 
-    log = common.Log(args.out_dir, "evaluate", args, {}, options)
+    at = {"probe_at": args.probe_at} if args.probe_at else {}
+    log = common.Log(args.out_dir, "evaluate", args, at, options)
     for path in args.out_dir.glob("evaluate_*.checkpoint") if not args.restart else ():
         common.read_checkpoint(path, log.run)
     if common.rank() == 0 and not common.claim(args.out_dir, results):
@@ -850,7 +879,7 @@ def main(args):
     def checkpoint_path(name, objective, seed):
         return args.out_dir / f"evaluate_{set_id.get(name)}_{objective}_{seed}.checkpoint"
 
-    def encoder(name, objective, seed, tick):
+    def encoder(name, objective, seed, tick, judge):
         """A fresh encoder, pre-trained on a set."""
         images, targets, lr = sets[name]
         torch.manual_seed(SEEDS + seed)  # not the experts' seeds: one would start where an expert did
@@ -865,37 +894,52 @@ def main(args):
                 path = checkpoint_path(name, objective, seed)
                 return common.Checkpoint(path, args, log, diverged, at, own=True, net=net, **parts)
 
-            pretrain(net, objective, images, targets, train, lr, args, SEEDS + seed, tick, resume)
+            pretrain(net, objective, images, targets, train, lr, args, SEEDS + seed, tick, resume, judge)
         return net
 
     def records(name, objective, seed):
-        """What results.jsonl says of the accuracies of a set and a seed, {(downstream, fraction): record}."""
+        """What results.jsonl says of a set and a seed, {(downstream, (fraction, steps)): record}."""
         cell = {"set": name, "set_id": set_id.get(name, "none"), "pretrain": objective, "seed": seed}
-        where = [(d, f) for d in downstream for f in fractions[d]]
-        return {(d, f): {**cell, "downstream": d, "data_id": data_id[d], "fraction": f} for d, f in where}
+        return {
+            (d, (f, steps)): {**cell, "downstream": d, "data_id": data_id[d], "fraction": f}
+            | ({"steps": steps} if steps else {})
+            for d in downstream
+            for f, steps in itertools.product(fractions[d], args.probe_at or [None])
+        }
 
-    def accuracy(name, objective, seed, d, f):
-        record = records(name, objective, seed).get((d, f)) if sets[name] else None
+    def accuracy(name, objective, seed, d, budget):
+        record = records(name, objective, seed).get((d, budget)) if sets[name] else None
         return known.get(key(record), math.nan) if record else math.nan
 
     def measure(name, objective, seed, tick):
         """Adds to results.jsonl and to known what is missing there of a set and a seed."""
         cells, began = records(name, objective, seed), time.time()
-        missing = list(dict.fromkeys(d for (d, _), record in cells.items() if key(record) not in known))
-        net = encoder(name, objective, seed, tick) if missing else None
-        said = {"set": name, "set_id": set_id.get(name), "pretrain": objective, "seed": seed}
-        if missing and not log.has(**said):
-            log.write(**said, pretrain_seconds=round(time.time() - began, 3))
-        for d in missing:
-            if args.protocol == "linear":
-                accuracies = probe(net, *downstream[d], fractions[d], args, seed)
-            else:
-                accuracies = finetune(net, d, *downstream[d], fractions[d], args, seed)
-            for f, value in accuracies.items():
-                record = cells[d, f]
-                if key(record) not in known:
-                    common.append(results, {**record, "accuracy": value, "options": options})
-                    known[key(record)] = value
+
+        def missing(steps):
+            """The downstream sets without an accuracy after one of these numbers of steps."""
+            return dict.fromkeys(
+                d for (d, (_, s)), record in cells.items() if s in steps and key(record) not in known
+            )
+
+        def judge(net, *steps):
+            for d in missing(steps):
+                if args.protocol == "linear":
+                    accuracies = probe(net, *downstream[d], fractions[d], args, seed)
+                else:
+                    accuracies = finetune(net, d, *downstream[d], fractions[d], args, seed)
+                for (f, value), s in itertools.product(accuracies.items(), steps):
+                    record = cells[d, (f, s)]
+                    if key(record) not in known:
+                        common.append(results, {**record, "accuracy": value, "options": options})
+                        known[key(record)] = value
+
+        every = args.probe_at or [None]
+        if missing(every):
+            net = encoder(name, objective, seed, tick, judge)
+            said = {"set": name, "set_id": set_id.get(name), "pretrain": objective, "seed": seed}
+            if not args.probe_at and not log.has(**said):
+                log.write(**said, pretrain_seconds=round(time.time() - began, 3))
+            judge(net, *every)  # the curve of a trained one is complete
         checkpoint_path(name, objective, seed).unlink(missing_ok=True)
 
     work = [
@@ -917,14 +961,14 @@ def main(args):
         return
     if common.world_size() > 1:
         known = read_known()
-    cells = {}
+    cells, budgets = {}, list(itertools.product(args.fractions, args.probe_at or [None]))
     for (row, objective), members in rows.items():
         there = [name for name in members if name in ("none", "full") or (folder / f"{name}.pt").exists()]
-        for d, f in itertools.product(args.downstream, args.fractions):
-            values = [[accuracy(name, objective, seed, d, f) for seed in args.seeds] for name in members]
-            cells[(row, objective), d, f] = torch.tensor(values) if there else None
+        for d, budget in itertools.product(args.downstream, budgets):
+            values = [[accuracy(name, objective, seed, d, budget) for seed in args.seeds] for name in members]
+            cells[(row, objective), d, budget] = torch.tensor(values) if there else None
 
-    write_tables(args, cells, rows, paper)
+    write_tables(args, cells, rows, budgets, paper)
     if failed > 0:
         raise SystemExit(2)
 

@@ -140,6 +140,18 @@ def test_matching_loss():
     assert 0 < loss(0.05) < 1
 
 
+def test_matching_loss_by_tensors():
+    """Each tensor's share of its way is weighed alike, whatever its scale; one that hardly moves is not."""
+    start, sizes = torch.zeros(6, dtype=torch.float64), [3, 2, 1]
+    target = torch.tensor([100.0, 0, 0, 1, 0, 1e-9], dtype=torch.float64)
+    halfway = torch.tensor([50.0, 0, 0, 1, 0, 0], dtype=torch.float64)  # of the large one, all of the small
+    assert distill.matching_loss(start, start, target, sizes) == pytest.approx(1)
+    assert distill.matching_loss(target, start, target, sizes) == 0
+    assert distill.matching_loss(halfway, start, target) == pytest.approx(0.25, abs=1e-3)
+    small = 1 / (1 + 10)  # 1 of its own, and a thousandth of 10,001
+    assert distill.matching_loss(halfway, start, target, sizes) == pytest.approx(0.25 / (1 + small), rel=1e-2)
+
+
 def test_batches_pass_over_the_set():
     batches = distill.draw_batches(10, 4, 7, torch.Generator().manual_seed(0))
     assert [len(b) for b in batches] == [4, 4, 2, 4, 4, 2, 4]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 import sys
 
@@ -80,6 +81,7 @@ def test_set_files(run_dir):
             "images",
             "targets",
             "lr",
+            "image_size",
             "indices",
             "mean",
             "std",
@@ -303,6 +305,40 @@ def test_lr_stays_positive(copy, stage):
     assert read(copy / "sets/wild.pt")["lr"] > 0
 
 
+def test_the_logarithm_of_alpha_is_learnt(copy, stage):
+    """A step of its SGD is a factor: no step makes alpha_syn negative, and a rate of 0 leaves it alone."""
+    run = [*DISTILL, "--out_dir", copy, "--init", "random", "--iters", "3", "--lr_init", "0.2", "--log_lr"]
+    for rate, name in [("0", "still"), ("1", "fast")]:
+        stage("distill", [*run, "--lr_lr", rate, "--lr_img", "0", "--name", name])
+    still, fast = (read(copy / f"sets/{name}.pt")["lr"] for name in ("still", "fast"))
+    assert still == pytest.approx(0.2) and fast > 0 and abs(math.log(fast / 0.2)) > 1e-3
+    logs = [(copy / f"distill_{name}.jsonl").read_text().splitlines()[1:] for name in ("still", "fast")]
+    assert [json.loads(logs[1][-1])["lr"], json.loads(logs[0][0])["lr"]] == [fast, still]
+
+
+def test_smaller_images_and_more_of_them(copy, stage, capsys):
+    """--stored_size: no more numbers than the plain set has, and what students see is the enlarged image."""
+    run = [*DISTILL, "--out_dir", copy, "--init", "random", "--iters"]
+    stage("distill", [*run, "2", "--stored_size", "4", "--name", "small"])
+    stage("distill", [*run, "0", "--stored_size", "4", "--name", "small_subset"])
+    small, subset, plain = (read(copy / f"sets/{n}.pt") for n in ("small", "small_subset", "mkdt_random"))
+    assert small["image_size"] == plain["image_size"] == 8 and small["images"].shape[2:] == (4, 4)
+    numbers = [s["images"].numel() + s["targets"].numel() for s in (small, plain)]
+    assert numbers[1] - 16 - D < numbers[0] <= numbers[1] and len(small["images"]) > S
+    train = common.load_images("digits", "train", "data", limit=N)
+    real = common.normalise(train.images[subset["indices"]], train.mean, train.std)
+    assert torch.allclose(subset["images"], torch.nn.functional.avg_pool2d(real, 2), atol=1e-6)
+    assert not torch.equal(small["images"], subset["images"])
+    made = {"images_id": plain["images_id"], "targets_id": plain["targets_id"]}
+    images, targets, lr = evaluate.load_set(copy / "sets/small.pt", 1, 8, D, made)
+    assert images.shape == (len(targets), 1, 8, 8) and lr == small["lr"]
+    assert torch.equal(images, common.enlarge(small["images"], 8))
+    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "small", "small_subset"])
+    run[-1:] = ["--iters", "1", "--name", "new", "--stored_size"]
+    refuses(capsys, lambda: stage("distill", [*run, "9"]), "--stored_size 9", "8 px")
+    refuses(capsys, lambda: stage("distill", [*run, "4", "--method", "krr_st"]), "--stored_size", "krr_st")
+
+
 def test_a_fork_needs_targets_only(copy, stage):
     targets = read(copy / "targets.pt")["targets"]
     shutil.rmtree(copy / "experts"), shutil.rmtree(copy / "sets")
@@ -368,6 +404,26 @@ def test_pretraining_lowers_its_loss(objective):
     data = common.ImageSet(None, None, *stats, flip=False)
     evaluate.pretrain(net, objective, images, targets, data, 0.1, args, seed=0)
     assert loss() < before
+
+
+def test_a_curve_of_accuracy_against_steps(copy, stage):
+    """A point is what a training of that length gives; untrained weights give the same at every one."""
+    run = [*EVALUATE, "--out_dir", copy, "--sets", "none", "mkdt_random", "--seeds", "0"]
+    (copy / "results.jsonl").unlink()
+    stage("evaluate", [*run, "--epochs", "3"])  # of one step each
+    stage("evaluate", [*run, "--probe_at", "5", "3", "1", "--name", "curve"])
+    records = [json.loads(line) for line in (copy / "results.jsonl").read_text().splitlines()]
+    found = {(r["set"], r.get("steps"), r["fraction"]): r["accuracy"] for r in records}
+    assert len(records) == len(found) == 16  # two sets and fractions, at the end and three points
+    for f in (0.2, 0.4):
+        assert found["mkdt_random", 3, f] == found["mkdt_random", None, f]
+        assert {found["none", steps, f] for steps in (1, 3, 5)} == {found["none", None, f]}
+    table = (copy / "curve.md").read_text()
+    heads = [f" {p} % labels, {steps} steps " for p in (20, 40) for steps in (1, 3, 5)]
+    assert table.splitlines()[0].split("|")[3:-1] == heads and "for the steps that are said" in table
+    before = (copy / "results.jsonl").read_bytes()
+    stage("evaluate", [*run, "--probe_at", "1", "3", "--name", "curve"])
+    assert (copy / "results.jsonl").read_bytes() == before  # these are known
 
 
 def test_encoders_are_those_asked_for():
@@ -515,10 +571,10 @@ def test_table_of_the_papers_own_sets():
     rows["subset_random", "simclr"] = ["subset_random"]
     rows = dict(sorted(rows.items(), reverse=True))
     sets = ["cifar10", "dogs"]
-    cells = {(row, d, 0.01): torch.tensor([[40.0, 42.0, 44.0]]) for row in rows for d in sets}
-    cells[("mkdt_high_loss", "kd"), "cifar10", 0.01] = torch.tensor([[45.0, float("nan"), 47.0]])
+    cells = {(row, d, (0.01, None)): torch.tensor([[40.0, 42.0, 44.0]]) for row in rows for d in sets}
+    cells[("mkdt_high_loss", "kd"), "cifar10", (0.01, None)] = torch.tensor([[45.0, float("nan"), 47.0]])
     paper = evaluate.read_paper("table1", "cifar10", "convnet")
-    text = evaluate.make_tables(cells, rows, sets, [0.01], paper, "cifar10")
+    text = evaluate.make_tables(cells, rows, sets, [(0.01, None)], paper, "cifar10")
     first, second = text.split("\n\n")
     assert first.splitlines() == [
         "| pre-training set; labels of cifar10 | n | 1 % labels | difference | paper |",
