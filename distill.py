@@ -45,13 +45,13 @@ import common
 from common import natural, number, positive
 
 RECIPES = {  # defaults that depend on the method
-    "mkdt": dict(init="high_loss", iters=5000, lr_img=1e3),
-    "krr_st": dict(init="random", iters=160_000, lr_img=1e-4),
+    "mkdt": dict(init="high_loss", iters=5000, lr_img=1e3, decay=1.0),
+    "krr_st": dict(init="random", iters=160_000, lr_img=1e-4, decay=1e-3),
 }
 INITS = ["high_loss", "random", "sas"]
 OF_LEARNING = (  # options that a plain subset does not depend on
     "lr_img syn_steps expert_epochs max_start_epoch batch_syn inner_momentum lr_lr lr_targets momentum "
-    "clip_grad log_lr distance pool_size pool_steps batch_real ridge precision".split()
+    "clip_grad log_lr distance decay pool_size pool_steps batch_real ridge precision".split()
 )
 
 
@@ -80,6 +80,8 @@ def parse_args(argv=None):
     syn.add_argument("--iters", type=natural, help="S (default: 5000, krr_st 160000); 0: the plain subset")
     lrs = "of the pixels (default: 1e3; 5 %%: 1e4; tiny: 1e5; krr_st, with the targets: 1e-4, tiny: 1e-5)"
     syn.add_argument("--lr_img", type=number, help=lrs)
+    decay = "of all rates, linear, to this share in the end (default: 1, none; krr_st 1e-3)"
+    syn.add_argument("--decay", type=number, help=decay)
     syn.add_argument(
         "--lr_init",
         type=common.at_least(1e-12, float, 1e12),
@@ -658,8 +660,7 @@ def main(args):
         optimizer = torch.optim.AdamW([images, targets.requires_grad_()], args.lr_img, weight_decay=0)
         pool = make_pool(args, make_net, generator)
         losses = regression_losses(args, make_net, pool, images, targets, train, all_targets, generator)
-    last_factor = 1.0 if matching else 1e-3  # KRR-ST: linear decay of the lr
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last_factor, max(1, args.iters))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, args.decay, max(1, args.iters))
     learnt = [leaf for group in optimizer.param_groups for leaf in group["params"]]
     ids = {k: made[k] for k in ("images_id", "targets_id")}
     ids |= {"experts": len(trajectories), "start": common.fingerprint(indices)}

@@ -5,13 +5,16 @@ are only used at the end, by the linear probe that says how good its features ar
 
 Reads:  the data set.
 Writes: OUT/teacher.pt   {encoder: state dict}
-        OUT/targets.pt   {targets (N, D) float32, in the order of the data set; images_id}
+        OUT/targets.pt   {targets (N, D) float32, in the order of the data set; images_id; mean (D,), taken
+                         out of them or 0}
         OUT/train_teacher.checkpoint, until then: started again, the same command goes on from there
 
-The targets are the features before the projector, in eval mode, of images without augmentation.
+The targets are the features before the projector, in eval mode, of images without augmentation; with
+--centre without their mean, which a student's head learns by its bias and its features need not know of.
 
     python train_teacher.py                                      # CIFAR-10, the paper's setting
     python train_teacher.py --init_from resnet18.pt --epochs 0   # targets from your own ResNet-18
+    python train_teacher.py --centre             # with targets.pt moved away: of teacher.pt, centred
     torchrun --nproc_per_node 4 train_teacher.py                 # on four GPUs, each a quarter of a batch
 """
 
@@ -58,6 +61,8 @@ def parse_args(argv=None):
     ssl.add_argument("--min_crop", type=number, default=0.08, help="smallest random crop, share of the area")
     net = parser.add_argument_group("teacher f_T")
     net.add_argument("--width", type=positive, default=64, help="of ResNet-18's first stage; D = 8 width")
+    centre = "take their mean out of the targets: students learn features sooner (the paper: no)"
+    net.add_argument("--centre", action="store_true", help=centre)
     net.add_argument("--init_from", help="state dict of a ResNet-18 with a 3x3 stem, or a teacher.pt")
     parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
     common.add_run_options(parser)
@@ -245,7 +250,8 @@ def main(args):
     if there and not under_way:
         print(f"{targets_path} is there: nothing to do")
         return
-    trained = common.is_done(teacher_path, "train_teacher", options, {"encoder": None}) and not under_way
+    of_teacher = {name: value for name, value in options.items() if name != "centre"}
+    trained = common.is_done(teacher_path, "train_teacher", of_teacher, {"encoder": None}) and not under_way
     if common.rank() == 0 and not common.claim(args.out_dir, targets_path):
         common.fail(f"{targets_path}: another run is making it; wait for it, or choose another --out_dir")
 
@@ -288,7 +294,8 @@ def main(args):
         weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
         common.save(teacher_path, {"encoder": weights, **made})
     if not there:
-        common.save(targets_path, {"targets": targets.cpu(), **made})
+        mean = targets.mean(0) if args.centre else torch.zeros_like(targets[0])
+        common.save(targets_path, {"targets": (targets - mean).cpu(), "mean": mean.cpu(), **made})
     print(f"wrote {teacher_path} and {targets_path}: {n} targets of D = {targets.shape[1]}")
     # Labels exist unless an image folder has one class only, or no test images.
     if images.labels.max() > 0 and (key != "imagefolder" or (folder / "test").is_dir()):

@@ -28,7 +28,7 @@ def read(path):
 def test_teacher_files(run_dir):
     teacher, targets = read(run_dir / "teacher.pt"), read(run_dir / "targets.pt")
     assert set(teacher) == {"encoder", "options", "images_id", "torch_version"}
-    assert set(targets) == {"targets", "options", "images_id", "torch_version"}
+    assert set(targets) == {"targets", "mean", "options", "images_id", "torch_version"}
     assert targets["targets"].shape == (N, D) and targets["targets"].dtype == torch.float32
     assert targets["options"]["train_teacher"]["ssl"] == "barlow_twins"
     # The targets are the saved encoder's features of the un-augmented images, in eval mode, in order.
@@ -148,6 +148,19 @@ def test_logs(run_dir):
         -1
     ]
     assert record["iteration"] == 1 and record["matching_loss"] > 0 and record["pixel_change"] > 0
+
+
+def test_centred_targets(copy, stage):
+    """--centre takes the mean out of the targets; a teacher that is there is not trained again."""
+    before = read(copy / "targets.pt")
+    weights = (copy / "teacher.pt").read_bytes()
+    assert before["mean"].abs().max() == 0 and before["targets"].mean(0).abs().max() > 0.01
+    shutil.move(copy / "targets.pt", copy / "raw.pt")
+    stage("train_teacher", [*TEACHER, "--out_dir", copy, "--centre"])
+    after = read(copy / "targets.pt")
+    torch.testing.assert_close(after["targets"] + after["mean"], before["targets"])
+    assert after["targets"].mean(0).abs().max() < 1e-5
+    assert (copy / "teacher.pt").read_bytes() == weights
 
 
 # -- the same seed, the same file; a finished stage is left alone --------------------------------------------
