@@ -55,9 +55,13 @@ ROWS = {  # names of the table's rows, in its order; other sets follow under the
     "krr_st_random": "KRR-ST",
     "subset_random_lr_from_mkdt_random": "random subset, lr of MKDT (random init)",
     "subset_high_loss_lr_from_mkdt_high_loss": "high-loss subset, lr of MKDT",
+    "subset_random_lr_from_best_random": "random subset, lr of our recipe (random init)",
+    "subset_high_loss_lr_from_best_high_loss": "high-loss subset, lr of our recipe (high-loss init)",
     "mkdt_random": "MKDT (random init)",
     "mkdt_high_loss": "MKDT",
     "mkdt_high_loss_1000": "MKDT, 1000 iterations",
+    "best_random": "our recipe (random init)",
+    "best_high_loss": "our recipe (high-loss init)",
     "full": "full data",
 }
 OBJECTIVES = {  # of the pre-training, and how a row says it

@@ -13,7 +13,9 @@
 # Variables, with their defaults:
 #   FRACTION=0.02       size of the set (digits 0.05; figure1 0.01); from 0.05 on, cifar10 and cifar100 take the paper's 5 % options
 #   SSL=barlow_twins    or simclr (the default of digits)
-#   SETS="..."          rows: none, full, subset_INIT, subset_INIT_lr_from_SET, mkdt_INIT, mkdt_INIT_ITERS, krr_st_INIT,
+#   RECIPE=best         ours instead of the paper's (train_teacher.py --centre, distill.py --recipe best): a folder of its
+#                       own, runs/PRESET_best, and rows best_INIT
+#   SETS="..."          rows: none, full, subset_INIT, subset_INIT_lr_from_SET, mkdt_INIT, mkdt_INIT_ITERS, best_INIT, krr_st_INIT,
 #                       with INIT one of random, high_loss, sas; and :krr_st, :simclr or :barlow_twins behind a
 #                       row for another way to pre-train on its set
 #   DISTILL_SEEDS="0"   of the sets: one set of each method and seed
@@ -55,7 +57,7 @@ for variable in SEEDS DISTILL_SEEDS; do
   done
 done
 init='(random|high_loss|sas)'
-row="none|(full|subset_$init(_lr_from_[a-z0-9_]+)?|krr_st_$init|mkdt_$init(_[0-9]+)?)"
+row="none|(full|subset_$init(_lr_from_[a-z0-9_]+)?|krr_st_$init|(mkdt|best)_$init(_[0-9]+)?)"
 row+="(:(kd|krr_st|simclr|barlow_twins))?"
 for set in $SETS; do
   [[ $set =~ ^($row)$ ]] || usage "SETS: '$set' is unknown: bash run_all.sh --help names those that there are"
@@ -65,6 +67,7 @@ for name in $DOWNSTREAM; do
     usage "DOWNSTREAM: '$name' is unknown: choose the data sets that python evaluate.py --help names"
 done
 [[ ${PROCESSES:-1} =~ ^[1-9][0-9]{0,3}$ ]] || usage "PROCESSES=$PROCESSES is not understood: give a whole number"
+[[ $RECIPE =~ ^(paper|best)?$ ]] || usage "RECIPE=$RECIPE is not understood: choose paper or best"
 [[ $SSL =~ ^(barlow_twins|simclr)?$ ]] || usage "SSL=$SSL is not understood: choose barlow_twins or simclr"
 if [ "$FRACTION" ]; then
   number=$(awk -v x="$FRACTION" 'BEGIN { if (x ~ /^[0-9]*[.]?[0-9]+$/ && x > 0 && x <= 1) printf "%g", x }')
@@ -169,7 +172,7 @@ figure1() {
 # One data set, from the teacher to its table. The scripts' defaults are the paper's setting for 2 % of CIFAR-10;
 # options may be given twice: the last one counts.
 pipeline() {
-  local preset=$1 dataset=$1 threads=() student=() teacher=() experts=() distill=() krr_st=() evaluate=()
+  local preset=$1 dataset=$1 threads=() student=() teacher=() experts=() distill=() rates=() krr_st=() evaluate=()
   local default_ssl=barlow_twins default_fraction=0.02 large=0.05 seeds="0 1 2" labels="0.01 0.05"
   local sets=${SETS:-$rows}
   case $preset in
@@ -180,7 +183,7 @@ pipeline() {
       teacher=(--width 16 --epochs 40 --batch_size 128 --lr 0.003 --min_crop 0.4)
       experts=(--num_experts 10 --epochs 5 --batch_size 32)
       distill=(--iters 150 --syn_steps 20 --expert_epochs 2 --max_start_epoch 4 --batch_syn 32)
-      distill+=(--lr_img 200 --lr_lr 2e-3)
+      rates=(--lr_img 200 --lr_lr 2e-3)
       krr_st=(--iters 1000 --lr_img 0.01 --batch_real 256)
       evaluate=(--batch_size 32)
       [ "$table" ] || sets=${SETS:-$rows krr_st_random} ;;
@@ -196,16 +199,20 @@ pipeline() {
   local downstream=("$dataset") words
   case $preset in
     tinyimagenet)
-      teacher=(--bt_lambda 0.0009765625) distill=(--syn_steps 10 --lr_img 1e5) krr_st=(--lr_img 1e-5) ;;
+      teacher=(--bt_lambda 0.0009765625) distill=(--syn_steps 10) rates=(--lr_img 1e5) krr_st=(--lr_img 1e-5) ;;
     cifar10 | cifar100)
       if awk "BEGIN { exit !($fraction >= 0.05) }"; then
-        experts=(--epochs 6) distill=(--max_start_epoch 5 --lr_img 1e4)
+        experts=(--epochs 6) distill=(--max_start_epoch 5) rates=(--lr_img 1e4)
       fi ;;
   esac
   case $preset in
     cifar* | tinyimagenet)
       [ "$rehearse" ] || downstream=(cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers) ;;
   esac
+  if [ "$RECIPE" = best ]; then # which brings its own rates
+    teacher+=(--centre)
+    [ "$SETS" ] || sets=${sets//mkdt_/best_}
+  fi
   local iters=() # of mkdt_INIT; mkdt_INIT_ITERS has its own
   if [ "$rehearse" ]; then
     seeds="0 1" labels="0.1 0.5" iters=(--iters 3)
@@ -219,20 +226,25 @@ pipeline() {
   [ -z "$DOWNSTREAM" ] || downstream=($DOWNSTREAM)
   seeds=(${SEEDS:-$seeds}) sets=(${sets//:SSL/:$ssl}) student+=($STUDENT)
 
-  local suffix= name
+  local suffix= name plain shared
   name=$(basename "${dataset#*:}")
   [ "$ssl" = $default_ssl ] || name+=_$ssl
+  plain=${OUT:-runs}/$name${rehearse:+_rehearsal}
+  [ "$RECIPE" != best ] || name+=_best
   [ "$table $preset" != "figure1 imagefolder" ] || name+=_figure1
   [ "$fraction" = $default_fraction ] || suffix=_$fraction
   local usual=${OUT:-runs}/$name${rehearse:+_rehearsal} out=${OUT:-runs}/$name$suffix${rehearse:+_rehearsal}
-  [ -z "$OUT" ] || [ "$table" ] || out=$OUT usual=
+  [ -z "$OUT" ] || [ "$table" ] || out=$OUT usual= plain=
   local data=(--dataset "$dataset" --data_dir "${DATA_DIR:-data}" --out_dir "$out" "${threads[@]}")
   [ -z "$IMAGE_SIZE" ] || data+=(--image_size "$IMAGE_SIZE")
 
-  if [ "$suffix" ] && [ -f "$usual/targets.pt" ] && [ ! -e "$out" ] && [ -z "$DRY_RUN" ]; then
-    rm -rf "$out.tmp" && mkdir -p "$out.tmp" # sets of all sizes have one teacher
-    cp "$usual/targets.pt" "$out.tmp" && { [ ! -f "$usual/teacher.pt" ] || cp "$usual/teacher.pt" "$out.tmp"; }
-    mv "$out.tmp" "$out"
+  shared=() # sets of all sizes have one teacher, and targets that are centred and not, too
+  [ ! "$suffix" ] || [ ! -f "$usual/targets.pt" ] || shared=("$usual/targets.pt")
+  [ "$RECIPE" != best ] || [ "$shared" ] || usual=$plain
+  [ ! -f "$usual/teacher.pt" ] || shared+=("$usual/teacher.pt")
+  if [ "$shared" ] && [ ! -e "$out" ] && [ -z "$DRY_RUN" ]; then
+    rm -rf "$out.tmp" && mkdir -p "$out.tmp"
+    cp "${shared[@]}" "$out.tmp" && mv "$out.tmp" "$out"
   fi
   attempt train_teacher.py "${data[@]}" --ssl "$ssl" "${teacher[@]}" $TEACHER || return
   [ "$table" != figure1 ] || { figure1 || true; return; }
@@ -246,15 +258,18 @@ pipeline() {
     for s in ${DISTILL_SEEDS:-0}; do
       seed=$((10#$s))
       [ "$set" != subset_high_loss ] || seed=0 # does not depend on it
-      init=${set#subset_} init=${init#mkdt_} init=${init#krr_st_} init=${init%%_lr_from*} init=${init%_[0-9]*}
+      init=${set#subset_} init=${init#mkdt_} init=${init#best_} init=${init#krr_st_} init=${init%%_lr_from*} init=${init%_[0-9]*}
       name=$set words=("${data[@]}" "${student[@]}" --fraction "$fraction" --init "$init")
       [ "$seed" = 0 ] || { name+=_seed$seed && words+=(--seed "$seed"); }
       case $set in
         none | full) continue ;;
         subset_*_lr_from_*) words+=("${distill[@]}" $DISTILL --iters 0 --lr_from "${name#*_lr_from_}") ;;
         subset_*) words+=("${distill[@]}" $DISTILL --iters 0) ;;
-        mkdt_*_[0-9]*) words+=("${distill[@]}" --iters "${set##*_}" "${iters[@]}" $DISTILL --name "$name") ;;
-        mkdt_*) words+=("${distill[@]}" "${iters[@]}" $DISTILL) ;;
+        mkdt_* | best_*)
+          [[ $set = mkdt_* ]] && words+=("${rates[@]}") || words+=(--recipe best)
+          words+=("${distill[@]}")
+          [[ ! $set =~ _[0-9]+$ ]] || words+=(--iters "${set##*_}" --name "$name")
+          words+=("${iters[@]}" $DISTILL) ;;
         krr_st_*) words+=(--method krr_st "${krr_st[@]}" $KRR_ST) ;;
       esac
       [[ $made = *" $name "* ]] || attempt distill.py "${words[@]}" || [ ! -e "$out/sets/$name.pt" ] || exit 2

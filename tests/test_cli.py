@@ -107,6 +107,28 @@ def test_a_device_that_is_not_there(name, capsys):
     assert stop.value.code == 2 and "--device" in message and message.count("\n") == 1
 
 
+def test_our_recipe(capsys):
+    """It sets the options that are not given, and its rows never carry the paper's names."""
+    parse_args = __import__("distill").parse_args
+    ours = parse_args(["--recipe", "best", "--lr_img", "7"])
+    assert (ours.name, ours.init, ours.lr_img, ours.inner_momentum) == ("best_random", "random", 7, 0.9)
+    assert ours.log_lr and not parse_args([]).log_lr and parse_args([]).name == "mkdt_high_loss"
+    assert vars(parse_args(["--recipe", "paper"])) == vars(parse_args([]))
+    for wrong in (["--recipe", "best", "--method", "krr_st"], ["--recipe", "worst"]):
+        with pytest.raises(SystemExit) as stop:
+            parse_args(wrong)
+        assert stop.value.code == 2 and "--recipe" in capsys.readouterr().err
+    calls = commands("cifar10", RECIPE="best")
+    (teacher,) = calls["train_teacher"]
+    (evaluate,) = calls["evaluate"]
+    assert teacher.centre and str(teacher.out_dir) == "runs/cifar10_best"
+    assert not commands("cifar10")["train_teacher"][0].centre
+    assert not [name for name in evaluate.sets if "mkdt" in name]
+    assert {"best_random", "best_high_loss", "subset_random_lr_from_best_random"} <= set(evaluate.sets)
+    assert {d.name for d in calls["distill"]} == set(evaluate.sets) - {"none", "full"}
+    assert "RECIPE" in run_all("digits", RECIPE="worst", DRY_RUN="1").stderr
+
+
 def test_presets_are_the_paper():
     for preset, fraction, expected in [
         ("cifar10", "0.02", (40, 2, 2, 1e3)), ("cifar10", "0.05", (40, 2, 5, 1e4)),
@@ -125,7 +147,8 @@ def test_presets_are_the_paper():
             "subset_high_loss_lr_from_mkdt_high_loss",
         ]
         for d in calls["distill"]:
-            assert (d.syn_steps, d.expert_epochs, d.max_start_epoch, d.lr_img) == expected
+            assert (d.syn_steps, d.expert_epochs, d.max_start_epoch) == expected[:3]
+            assert d.lr_img == expected[3] or not d.iters  # a subset's pixels are not learnt
             assert d.fraction == float(fraction) and d.iters == (0 if d.name.startswith("subset") else 5000)
             assert experts.epochs == d.max_start_epoch - 1 + d.expert_epochs
         assert len(calls["evaluate"][0].downstream) == 7
