@@ -50,9 +50,8 @@ RECIPES = {  # defaults that depend on the method
     "krr_st": dict(init="random", iters=160_000, lr_img=1e-4, decay=1e-3),
 }
 BEST = dict(  # --recipe best: not the paper's; chosen on held-out training images, see the README
-    init="random", inner_momentum=0.9, log_lr=True, lr_init=0.3, lr_lr=0.02, lr_img=1e4, clip_grad=0.003,
-    decay=0.1,
-)  # fmt: skip
+    init="random", log_lr=True, lr_init=1.0, lr_lr=0.05, lr_img=1e4, clip_grad=0.003, decay=0.1
+)
 INITS = ["high_loss", "random", "sas"]
 OF_LEARNING = (  # options that a plain subset does not depend on
     "lr_img syn_steps expert_epochs max_start_epoch batch_syn inner_momentum lr_lr lr_targets momentum "
@@ -114,7 +113,8 @@ def parse_args(argv=None):
     match.add_argument("--distance", choices=["elements", "tensors"], default="elements", help=distances)
     match.add_argument("--lr_targets", type=number, default=0.0, help="lr of Z_syn (authors' code: 1)")
     match.add_argument("--momentum", type=number, default=0.5, help="of the SGD on pixels, lr, Z_syn")
-    match.add_argument("--clip_grad", type=number, help="largest norm of the pixels' gradient (paper: any)")
+    clip = "largest norm of the pixels' gradient: if more, all gradients shrink in proportion (paper: any)"
+    match.add_argument("--clip_grad", type=number, help=clip)
     krr = parser.add_argument_group("KRR-ST (Lee et al., ICLR 2024)")
     krr.add_argument("--pool_size", type=positive, default=10, help="students in the pool")
     krr.add_argument("--pool_steps", type=positive, default=1000, help="steps on D_syn until one starts anew")
@@ -700,7 +700,10 @@ def main(args):
             drawn.append(what)
             afterwards += [then] if then else []
         common.average(total, *(leaf.grad for leaf in learnt))
-        norm = torch.nn.utils.clip_grad_norm_(images, args.clip_grad or math.inf).item()
+        norm = torch.nn.utils.get_total_norm([images.grad]).item()
+        if args.clip_grad and norm > args.clip_grad:  # what drives the pixels off drives alpha_syn off, too
+            for leaf in learnt:
+                leaf.grad *= args.clip_grad / norm
         optimizer.step()
         schedule.step()
         if not args.log_lr:

@@ -111,7 +111,7 @@ def test_our_recipe(capsys):
     """It sets the options that are not given, and its rows never carry the paper's names."""
     parse_args = __import__("distill").parse_args
     ours = parse_args(["--recipe", "best", "--lr_img", "7"])
-    assert (ours.name, ours.init, ours.lr_img, ours.inner_momentum) == ("best_random", "random", 7, 0.9)
+    assert (ours.name, ours.init, ours.lr_img, ours.lr_init) == ("best_random", "random", 7, 1)
     assert ours.log_lr and not parse_args([]).log_lr and parse_args([]).name == "mkdt_high_loss"
     assert vars(parse_args(["--recipe", "paper"])) == vars(parse_args([]))
     for wrong in (["--recipe", "best", "--method", "krr_st"], ["--recipe", "worst"]):

@@ -295,16 +295,20 @@ def test_krr_st(copy, stage, monkeypatch):
 
 
 def test_clipped_gradient(copy, stage):
-    """--clip_grad bounds the norm of the pixels' gradient, which the log holds as it was."""
-    run = [*DISTILL, "--out_dir", copy, "--iters", "1", "--init", "random", "--lr_img", "1"]
+    """--clip_grad bounds the norm of the pixels' gradient, which the log holds as it was; alpha's follows."""
+    run = [*DISTILL, "--out_dir", copy, "--iters", "1", "--init", "random", "--lr_img", "1", "--log_lr"]
+    run += ["--lr_lr", "1"]
     start = read(copy / "sets/subset_random.pt")["images"]
-    moved = {}
+    moved, factor = {}, {}
     for name, more in {"free": [], "clipped": ["--clip_grad", "1e-5"]}.items():
         stage("distill", [*run, *more, "--name", name])
-        moved[name] = (read(copy / f"sets/{name}.pt")["images"] - start).norm().item()
+        made = read(copy / f"sets/{name}.pt")
+        moved[name], factor[name] = (made["images"] - start).norm().item(), math.log(made["lr"] / 0.1)
         record = json.loads((copy / f"distill_{name}.jsonl").read_text().splitlines()[-1])
         assert record["gradient_norm"] == pytest.approx(moved["free"], rel=1e-2)
     assert moved["free"] > 2e-5 and moved["clipped"] == pytest.approx(1e-5, rel=1e-1)
+    shrunk = moved["clipped"] / moved["free"]
+    assert abs(factor["free"]) > 1e-3 and factor["clipped"] == pytest.approx(shrunk * factor["free"], rel=0.2)
 
 
 def test_lr_stays_positive(copy, stage):
