@@ -87,7 +87,7 @@ def parse_args(argv=None):
     lrs = "of the pixels (default: 1e3; 5 %%: 1e4; tiny: 1e5; krr_st, with the targets: 1e-4, tiny: 1e-5)"
     syn.add_argument("--lr_img", type=number, help=lrs)
     decay = "of all rates, linear, to this share in the end (default: 1, none; krr_st 1e-3)"
-    syn.add_argument("--decay", type=number, help=decay)
+    syn.add_argument("--decay", type=common.at_least(0, float, 1), help=decay)
     syn.add_argument(
         "--lr_init",
         type=common.at_least(1e-12, float, 1e12),
@@ -706,8 +706,8 @@ def main(args):
                 leaf.grad *= args.clip_grad / norm
         optimizer.step()
         schedule.step()
-        if not args.log_lr:
-            lr.data.clamp_(min=args.lr_init / 1000)  # alpha_syn stays positive
+        least = args.lr_init / 1000  # alpha_syn stays positive, or far from 0
+        lr.data.clamp_(min=math.log(least) if args.log_lr else least)
         for then in afterwards:
             then()
 
