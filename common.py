@@ -1193,6 +1193,9 @@ def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None, object
     return train, targets, made
 
 
+ADDED = dict(centre=False, log_lr=False, distance="elements", stored_size=None)  # to files from before these
+
+
 def is_done(path, stage, options, keys, made=()):
     """Whether path is there, made by these options of the stage and from load_targets' made; exits if not so.
 
@@ -1202,6 +1205,7 @@ def is_done(path, stage, options, keys, made=()):
         return False
     contents = load(path, keys, f"{stage}.py", mmap=True)
     then = contents.get("options", {}).get(stage, {})
+    then = then and {**ADDED, "decay": 1e-3 if then.get("method") == "krr_st" else 1.0, **then}
     for name, value in options.items():
         if name in then and then[name] != value:
             fail(

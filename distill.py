@@ -139,8 +139,9 @@ def parse_args(argv=None):
             continue
         if re.fullmatch(r"(none|full)?(_seed\d+)?", name) or not re.fullmatch(r"\w[\w.+-]*", name):
             common.fail(f"--{option} {name!r}: choose letters, digits, and . + - _ within; not none or full")
-    if args.stored_size and args.method != "mkdt":
-        common.fail(f"--stored_size: --method {args.method} has none; leave it out")
+    for option, default in (("stored_size", None), ("log_lr", False), ("distance", "elements")):
+        if args.method != "mkdt" and getattr(args, option) != default:
+            common.fail(f"--{option}: --method {args.method} has none; leave it out")
     for name, value in RECIPES[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -617,7 +618,7 @@ def main(args):
         common.fail(f"{path}: another run is making it; wait for it, or choose another --name or --out_dir")
     n, channels, px = train.images.shape[:3]
     stats, stored = (train.mean, train.std), args.stored_size or px
-    if stored > px:
+    if args.stored_size and stored >= px:
         common.fail(f"--stored_size {stored}: the images have {px} px; choose less")
     size = int(args.fraction * n)  # S
     dims = all_targets.shape[1]
@@ -661,6 +662,7 @@ def main(args):
         start_images = F.interpolate(start_images, (stored, stored), mode="area")
     images = start_images.clone().requires_grad_()  # D_syn
     targets = all_targets[indices].to(args.device)  # Z_syn
+    args.log_lr &= args.iters > 0
     lr = torch.tensor(math.log(args.lr_init) if args.log_lr else args.lr_init, device=args.device)
     pool = []
     if matching:
@@ -706,7 +708,7 @@ def main(args):
                 leaf.grad *= args.clip_grad / norm
         optimizer.step()
         schedule.step()
-        least = args.lr_init / 1000  # alpha_syn stays positive, or far from 0
+        least = max(args.lr_init / 1000, 1e-30)  # alpha_syn stays positive
         lr.data.clamp_(min=math.log(least) if args.log_lr else least)
         for then in afterwards:
             then()

@@ -330,8 +330,9 @@ def load_set(path, channels, image_size, out_dim, made):
     """A set's (images, targets, lr); exits if it does not fit the student or is of another origin."""
     contents = common.load(path, {"images": 4, "targets": 2, "lr": float}, "distill.py")
     images, targets = contents["images"], contents["targets"]
-    if contents.get("image_size") == image_size and images.shape[2] == images.shape[3] <= image_size:
-        images = common.enlarge(images, image_size)  # they may be stored smaller
+    meant, (_, c, height, width) = contents.get("image_size"), images.shape
+    if type(meant) is int and meant == image_size and c == channels and 0 < height == width < image_size:
+        images = common.enlarge(images, image_size)  # they are stored smaller
     shape = (channels, image_size, image_size)
     if images.shape[1:] != shape or len(images) != len(targets) or len(images) == 0:
         common.fail(
@@ -869,7 +870,8 @@ def main(args):
         older = {"precision": "fp32"}  # what they do not say
         return {key(r): r["accuracy"] for r in records if older | r["options"] == options}
 
-    at = {"probe_at": args.probe_at} if args.probe_at else {}
+    # A checkpoint of a curve is beyond its first points: they must be those that are asked for now.
+    at = {k: getattr(args, k) for k in ("probe_at", "fractions", "downstream") if args.probe_at}
     log = common.Log(args.out_dir, "evaluate", args, at, options)
     for path in args.out_dir.glob("evaluate_*.checkpoint") if not args.restart else ():
         common.read_checkpoint(path, log.run)
@@ -943,7 +945,8 @@ def main(args):
             said = {"set": name, "set_id": set_id.get(name), "pretrain": objective, "seed": seed}
             if not args.probe_at and not log.has(**said):
                 log.write(**said, pretrain_seconds=round(time.time() - began, 3))
-            judge(net, *every)  # the curve of a trained one is complete
+            if name == "none" or not args.probe_at:
+                judge(net, *every)
         checkpoint_path(name, objective, seed).unlink(missing_ok=True)
 
     work = [

@@ -40,7 +40,8 @@ case $1 in
   table[1-7] | appendix_b | figure1) table=$1; shift ;;
   table* | figure*) usage "table '$1' is unknown: choose table1 ... table7, appendix_b, or figure1" ;;
 esac
-preset= folder= rehearse=
+preset= folder= rehearse= best=
+[ "$RECIPE" != best ] || best=_best # of names
 case $1 in
   digits | cifar10 | cifar100 | tinyimagenet) preset=$1; shift ;;
   imagefolder)
@@ -165,7 +166,7 @@ figure1() {
     attempt distill.py "${data[@]}" "${student[@]}" "${words[@]}" "${steps[@]}" $DISTILL || continue
     runs+=("$dir")
   done
-  name=figure1${preset_given:+_$(basename "${folder:-$preset}" | tr -c 'A-Za-z0-9_.+\n-' _)}${rehearse:+_rehearsal}
+  name=figure1${preset_given:+_$(basename "${folder:-$preset}" | tr -c 'A-Za-z0-9_.+\n-' _)}${best}${rehearse:+_rehearsal}
   [ ${#runs[@]} -eq 0 ] || attempt evaluate.py --out_dir "${OUT:-runs}" --name "$name" --figure1 "${runs[@]}"
 }
 
@@ -230,7 +231,7 @@ pipeline() {
   name=$(basename "${dataset#*:}")
   [ "$ssl" = $default_ssl ] || name+=_$ssl
   plain=${OUT:-runs}/$name${rehearse:+_rehearsal}
-  [ "$RECIPE" != best ] || name+=_best
+  name+=$best
   [ "$table $preset" != "figure1 imagefolder" ] || name+=_figure1
   [ "$fraction" = $default_fraction ] || suffix=_$fraction
   local usual=${OUT:-runs}/$name${rehearse:+_rehearsal} out=${OUT:-runs}/$name$suffix${rehearse:+_rehearsal}
@@ -308,7 +309,7 @@ for preset in $presets; do
 done
 if [ "$table" ] && [ "$made_any" ]; then
   of=${folder:+$(basename "$folder")} of=${of:-$preset_given} # of the paper's own sets: none
-  result=${OUT:-runs}/$table${of:+_$of}${rehearse:+_rehearsal}.md
+  result=${OUT:-runs}/$table${of:+_$of}$best${rehearse:+_rehearsal}.md
   cp "$parts" "$result.tmp"
   mv "$result.tmp" "$result"
   echo "wrote $result"

@@ -163,6 +163,15 @@ def test_centred_targets(copy, stage):
     assert (copy / "teacher.pt").read_bytes() == weights
 
 
+def test_files_from_before_an_option(copy, stage, capsys):
+    """A file that does not name an option of today was made without it."""
+    contents = read(copy / "targets.pt")
+    del contents["options"]["train_teacher"]["centre"]
+    torch.save(contents, copy / "targets.pt")
+    stage("train_teacher", [*TEACHER, "--out_dir", copy])
+    refuses(capsys, lambda: stage("train_teacher", [*TEACHER, "--out_dir", copy, "--centre"]), "--centre")
+
+
 # -- the same seed, the same file; a finished stage is left alone --------------------------------------------
 
 
@@ -351,8 +360,12 @@ def test_smaller_images_and_more_of_them(copy, stage, capsys):
     assert images.shape == (len(targets), 1, 8, 8) and lr == small["lr"]
     assert torch.equal(images, common.enlarge(small["images"], 8))
     stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "small", "small_subset"])
+    for wrong in ({"image_size": torch.tensor([8, 8])}, {"images": torch.zeros(len(targets), 1, 0, 0)}):
+        torch.save(small | wrong, copy / "sets/edited.pt")
+        load = functools.partial(evaluate.load_set, copy / "sets/edited.pt", 1, 8, D, made)
+        refuses(capsys, load, "edited.pt")
     run[-1:] = ["--iters", "1", "--name", "new", "--stored_size"]
-    refuses(capsys, lambda: stage("distill", [*run, "9"]), "--stored_size 9", "8 px")
+    refuses(capsys, lambda: stage("distill", [*run, "8"]), "--stored_size 8", "8 px")
     refuses(capsys, lambda: stage("distill", [*run, "4", "--method", "krr_st"]), "--stored_size", "krr_st")
 
 
@@ -441,6 +454,30 @@ def test_a_curve_of_accuracy_against_steps(copy, stage):
     before = (copy / "results.jsonl").read_bytes()
     stage("evaluate", [*run, "--probe_at", "1", "3", "--name", "curve"])
     assert (copy / "results.jsonl").read_bytes() == before  # these are known
+
+
+def test_a_curve_goes_on_with_its_own_points_only(copy, stage, capsys, monkeypatch):
+    """A checkpoint beyond the first points does not serve a curve of other fractions, which would miss some."""
+    run = [*EVALUATE, "--out_dir", copy, "--sets", "mkdt_random", "--seeds", "0", "--checkpoint_minutes", "0"]
+    run += ["--probe_at", "1", "4", "--name", "curve", "--fractions", "0.2"]
+    (copy / "results.jsonl").unlink()
+    real = evaluate.probe
+
+    def dies(*args):
+        if (copy / "results.jsonl").exists():
+            raise SystemExit(143)
+        return real(*args)
+
+    monkeypatch.setattr(evaluate, "probe", dies)
+    with pytest.raises(SystemExit):
+        stage("evaluate", run)
+    monkeypatch.setattr(evaluate, "probe", real)
+    before = (copy / "results.jsonl").read_text()
+    assert before.count("accuracy") == 1 and list(copy.glob("evaluate_*.checkpoint"))
+    refuses(capsys, lambda: stage("evaluate", [*run, "0.4"]), "checkpoint", "fractions")
+    stage("evaluate", run)
+    records = [json.loads(line) for line in (copy / "results.jsonl").read_text().splitlines()]
+    assert [r["steps"] for r in records] == [1, 4] and not list(copy.glob("evaluate_*.checkpoint"))
 
 
 def test_encoders_are_those_asked_for():
