@@ -50,8 +50,9 @@ RECIPES = {  # defaults that depend on the method
     "krr_st": dict(init="random", iters=160_000, lr_img=1e-4, decay=1e-3),
 }
 BEST = dict(  # --recipe best: not the paper's; chosen on held-out training images, see the README
-    init="random", log_lr=True, lr_init=1.0, lr_lr=0.05, lr_img=1e4, clip_grad=0.003, decay=0.1
-)
+    init="random", inner_momentum=0.9, log_lr=True, lr_init=1.0, lr_lr=0.05, lr_img=1e4, clip_grad=0.003,
+    decay=0.1,
+)  # fmt: skip
 INITS = ["high_loss", "random", "sas"]
 OF_LEARNING = (  # options that a plain subset does not depend on
     "lr_img syn_steps expert_epochs max_start_epoch batch_syn inner_momentum lr_lr lr_targets momentum "

@@ -457,7 +457,7 @@ def test_a_curve_of_accuracy_against_steps(copy, stage):
 
 
 def test_a_curve_goes_on_with_its_own_points_only(copy, stage, capsys, monkeypatch):
-    """A checkpoint beyond the first points does not serve a curve of other fractions, which would miss some."""
+    """A checkpoint beyond the first points does not serve other fractions, which would miss some."""
     run = [*EVALUATE, "--out_dir", copy, "--sets", "mkdt_random", "--seeds", "0", "--checkpoint_minutes", "0"]
     run += ["--probe_at", "1", "4", "--name", "curve", "--fractions", "0.2"]
     (copy / "results.jsonl").unlink()
