@@ -273,9 +273,9 @@ def matching_loss(theta, start, target, sizes=None):
     """||theta - target||^2 / ||start - target||^2 (eq. 4): 1 if the student stood still, 0 if it arrived.
 
     sizes: numbers of elements of theta's parameter tensors, to weigh each tensor l by 1 / (its own squared
-    distance from start to target + a thousandth of all of theta's) in both (differs). The head and the last
-    norm move most, and the probe drops the one and sees the other as a scale; weighed so, the convolutions
-    count as much. The thousandth is for tensors that should hardly move, such as biases before a norm.
+    distance from start to target + a thousandth of all of theta's) in both (differs). Most of the distance is
+    the head's, which the probe drops; weighed so, each convolution counts as much. The thousandth is for
+    tensors that should hardly move, such as biases before a norm.
     """
     off, way = (theta - target).square(), (start - target).square()
     if sizes:
