@@ -256,11 +256,19 @@ def test_run_all_passes_signals_on(number, status, tmp_path):
     )
     python.chmod(0o755)
     env = {**os.environ, "PYTHON": str(python), "DIR": str(tmp_path), "OUT": str(tmp_path / "runs")}
-    with subprocess.Popen(["bash", ROOT / "run_all.sh"], cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as run:
-        while not (tmp_path / "started").exists():
-            time.sleep(0.02)
-        run.send_signal(number)
-        assert run.wait(20) == status and (tmp_path / "checkpoint").exists()
+
+    def heard():  # in the background of a shell, as by nohup, Ctrl-C would be ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    words = ["bash", ROOT / "run_all.sh"]
+    with subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, preexec_fn=heard) as run:
+        try:
+            while not (tmp_path / "started").exists():
+                time.sleep(0.02)
+            run.send_signal(number)
+            assert run.wait(20) == status and (tmp_path / "checkpoint").exists()
+        finally:
+            run.kill()
 
 
 def test_run_all_refuses():
