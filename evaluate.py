@@ -113,7 +113,7 @@ def parse_args(argv=None):
     objectives = "kd: MSE to the targets; krr_st: that with KRR-ST's recipe; or SSL on the images; a row each"
     pre.add_argument("--pretrain", nargs="+", choices=OBJECTIVES, default=["kd"], help=objectives)
     pre.add_argument("--epochs", type=positive, default=20, help="over the set")
-    steps = "probe after so many steps, too many epochs or too few: a curve of accuracy against steps"
+    steps = "a curve: probe after each of these numbers of steps, the last instead of --epochs"
     pre.add_argument("--probe_at", type=positive, nargs="+", metavar="STEPS", help=steps)
     pre.add_argument("--krr_st_epochs", type=positive, default=1000, help="the same with KRR-ST's recipe")
     pre.add_argument("--batch_size", type=positive, default=256, help="images a step")
