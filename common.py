@@ -1193,7 +1193,9 @@ def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None, object
     return train, targets, made
 
 
-ADDED = dict(centre=False, log_lr=False, distance="elements", stored_size=None)  # to files from before these
+ADDED = dict(  # what files from before these options were made with
+    centre=False, ema=0.0, sam=0.0, log_lr=False, distance="elements", stored_size=None
+)  # fmt: skip
 
 
 def is_done(path, stage, options, keys, made=()):
@@ -1232,9 +1234,10 @@ def run_name(dataset):
 def recipe(options):
     """Those of a stage's options that its result depends on; the others may differ from run to run.
 
-    Of "imagefolder:DIR" the folder is left out: images are known by their images_id, wherever they are.
+    Of "imagefolder:DIR" the folder is left out: images are known by their images_id, wherever they are. Of
+    --recipe, too: the options that it stands for are among the others.
     """
-    free = ["data_dir", "out_dir", "name", "device", "threads", "compile", "micro_batch"]
+    free = ["data_dir", "out_dir", "name", "recipe", "device", "threads", "compile", "micro_batch"]
     free += ["num_experts", "first_expert", "deterministic", "checkpoint_minutes", "restart"]
     made = {name: value for name, value in options.items() if name not in free}
     return {**made, "dataset": made["dataset"].partition(":")[0]}

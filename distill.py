@@ -133,7 +133,6 @@ def parse_args(argv=None):
             common.fail("--recipe best: is for --method mkdt; leave one of them out")
         parser.set_defaults(**BEST)
         args = parser.parse_args(argv)
-    del args.recipe  # the options that it stands for are what files and logs name
     for option in ("name", "lr_from"):
         name = getattr(args, option)
         if name is None:
@@ -623,12 +622,22 @@ def main(args):
         common.fail(f"--stored_size {stored}: the images have {px} px; choose less")
     size = int(args.fraction * n)  # S
     dims = all_targets.shape[1]
-    size = size * (channels * px**2 + dims) // (channels * stored**2 + dims)  # as many numbers in all
+    whole, small = (channels * side**2 + dims for side in (px, stored))  # numbers of an image and its target
+    size = size * whole // small  # as many numbers in all
     if not 1 + ssl <= size <= n:
+        least, most = math.ceil((1 + ssl) * small / whole) / n, math.floor(100 * small / whole) / 100
         common.fail(
             f"--fraction {args.fraction}: makes a set of {size} of {n} images; choose one from "
-            f"{(1 + ssl) / n:.2g} to 1"
+            f"{least:.2g} to {most:g}"
         )
+    if args.recipe == "best" and args.iters and common.rank() == 0:
+        share = (all_targets.mean(0).square().sum() / all_targets.square().sum(1).mean()).item()
+        if share > 0.1:
+            print(
+                f"warning: the mean of {args.out_dir / 'targets.pt'} is {share:.0%} of the targets' squared "
+                "norm: --recipe best is for those of train_teacher.py --centre",
+                file=sys.stderr,
+            )
     shape = (
         out_dim or all_targets.shape[1],
         px,

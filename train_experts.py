@@ -23,15 +23,22 @@ or simclr (naive MTT-SSL: the loss of two random views, by Adam). They need no t
 
     python train_experts.py --objective simclr --same_init --num_experts 5 --out_dir runs/cifar10_simclr
 
+Not in the paper: --ema 0.99 stores a running average of each student's weights in their place, and
+--sam 0.05 trains it towards flat minima, the aim of flat trajectory distillation (FTD, Du et al., CVPR 2023):
+
+    python train_experts.py --ema 0.99 --out_dir runs/cifar10_ema    # with targets.pt copied there
+
 The log ends in the variance of the trajectories, which with --same_init comes from the order of the data (and
 the views) alone, and has the variance of the gradient at the start and at the end of expert 0.
 """
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
 from common import natural, number, positive
@@ -68,6 +75,10 @@ def parse_args(argv=None):
     kd.add_argument("--lr", type=number, help="constant (default: SGD 0.1, supervised 0.01; SSL, Adam 1e-3)")
     kd.add_argument("--momentum", type=number, help="of SGD (default: 0.9, supervised 0)")
     kd.add_argument("--weight_decay", type=number, help="default: 1e-4, supervised 0, SSL 1e-6")
+    average = "store a running average of the weights, of which a step keeps this share (the paper: 0, none)"
+    kd.add_argument("--ema", type=common.at_least(0, float, 0.9999), default=0.0, help=average)
+    flat = "radius of sharpness-aware minimisation: flat trajectories, twice the time (the paper: 0, none)"
+    kd.add_argument("--sam", type=number, default=0.0, metavar="RHO", help=flat)
     kd.add_argument("--out_dim", type=positive, help="SSL: outputs (default: Barlow Twins 1024, SimCLR 128)")
     parser.add_argument("--seed", type=natural, default=0, help="expert k is seeded by seed + k")
     common.add_run_options(parser)
@@ -84,15 +95,35 @@ def parse_args(argv=None):
     return args
 
 
+@contextlib.contextmanager
+def uphill(parameters, rho):
+    """Within it, the weights are those within rho where the loss is highest, to first order; restored after.
+
+    parameters: a list, with their gradient g at the weights w: w + rho g / ||g|| (SAM, Foret et al., ICLR
+    2021, eq. 2).
+    """
+    before = [p.detach().clone() for p in parameters]
+    scale = rho / torch.cat([p.grad.flatten() for p in parameters]).norm().clamp_min(1e-12)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(scale * p.grad)
+    yield
+    with torch.no_grad():
+        for p, w in zip(parameters, before):
+            p.copy_(w)
+
+
 def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None, tick=None, resume=None):
     """Train one student; returns its trajectory (E + 1, P), example losses (N,) and last loss, on the CPU.
 
     net is on the device, images (N, C, H, W) uint8 and targets (N, D) there too or on the CPU; loss_fn is
     make_objective's, stats are the data set's mean and std; forward: net, compiled; tick(share done, loss) is
-    called in every step; resume(at, optimizer=optimizer, draws=draws) makes the expert's Checkpoint. SSL has
-    no loss of a single example: 0.
+    called in every step; resume(at, optimizer=optimizer, ...) makes the expert's Checkpoint. SSL has no loss
+    of a single example: 0. With --ema trajectory and example losses are those of the averaged weights.
     """
-    forward = forward or net
+    forward, parameters = forward or net, list(net.parameters())
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    stored = average.module if average else net
     order = torch.Generator().manual_seed(seed)
     draws = torch.Generator(args.device).manual_seed(seed)
     ssl = args.objective in common.SSL
@@ -102,7 +133,8 @@ def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None,
         optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     at = {"epoch": 0, "step": 0, "loss": 0.0, "example_loss": torch.zeros(len(images))}
     at["trajectory"] = common.flatten(net).cpu().repeat(args.epochs + 1, 1)  # the rows to come are filled in
-    checkpoint = resume(at, optimizer=optimizer, draws=draws) if resume else None
+    parts = dict(optimizer=optimizer, draws=draws, **({"average": average} if average else {}))
+    checkpoint = resume(at, **parts) if resume else None
     at = checkpoint.at if checkpoint else at
     for epoch in range(args.epochs):
         batches = torch.randperm(len(images), generator=order).split(args.batch_size)
@@ -112,10 +144,19 @@ def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None,
             continue
         losses, done = torch.zeros(len(batches), device=args.device), at["step"]
         for i, (x, z) in enumerate(common.fetch([images, targets], batches[done:], args.device), done):
+            views = draws.get_state() if args.sam else None  # both gradients of a step are of the same
             loss = loss_fn(forward, x, z, draws)
             optimizer.zero_grad()
             loss.backward()
+            if args.sam:
+                draws.set_state(views)
+                with uphill(parameters, args.sam):
+                    again = loss_fn(forward, x, z, draws)
+                    optimizer.zero_grad()
+                    again.backward()
             optimizer.step()
+            if average:
+                average.update_parameters(net)
             losses[i] = loss.detach()
             if tick:
                 tick((epoch + (i + 1) / len(batches)) / args.epochs, loss)
@@ -127,9 +168,9 @@ def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None,
                 f"the loss of expert {seed - args.seed} is {losses[bad]} in step {bad + 1} of epoch "
                 f"{epoch + 1}: choose a smaller --lr than {args.lr}"
             )
-        at["trajectory"][epoch + 1] = common.flatten(net).cpu()
+        at["trajectory"][epoch + 1] = common.flatten(stored).cpu()
         if epoch == 0 and not ssl:
-            at["example_loss"] = example_losses(net, images, targets, stats, args).cpu()
+            at["example_loss"] = example_losses(stored, images, targets, stats, args).cpu()
         at.update(epoch=epoch + 1, step=0, loss=losses[-1].item())
         if checkpoint:
             checkpoint.tick(last=epoch + 1 == args.epochs)

@@ -43,9 +43,9 @@ def test_precision():
     assert 0 < (losses[2] - losses[0]).abs() < 0.05 * losses[0]
     flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     for precision, allowed in (("tf32", True), ("fp32", False)):
-        common.set_up(argparse.Namespace(
-                threads=None, precision=precision, device="cpu", deterministic=False
-            ))
+        common.set_up(
+            argparse.Namespace(threads=None, precision=precision, device="cpu", deterministic=False)
+        )
         found = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         assert found == (allowed, allowed)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags

@@ -19,7 +19,11 @@ KRR_ST += ["--batch_real", "50", "--iters", "60", "--lr_img", "0.02"]
 RUNS = {  # stage and options, long enough to be killed within; what an earlier stage must have made
     "teacher": ("train_teacher", [*TEACHER, "--epochs", "12"], []),
     "experts": ("train_experts", [*EXPERTS, "--epochs", "12"], ["targets.pt"]),
-    "experts_ssl": ("train_experts", [*EXPERTS, "--epochs", "3", "--objective", "simclr"], []),
+    "experts_flat": (
+        "train_experts",
+        [*EXPERTS, "--epochs", "3", *"--objective simclr --ema 0.9 --sam 0.05".split()],
+        [],
+    ),
     "mkdt": ("distill", MATCH, ["targets.pt", "experts"]),
     "krr_st": ("distill", KRR_ST, ["targets.pt"]),
     "evaluate": ("evaluate", [*EVALUATE, "--epochs", "30"], ["targets.pt", "sets"]),

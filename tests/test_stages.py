@@ -367,6 +367,23 @@ def test_smaller_images_and_more_of_them(copy, stage, capsys):
     run[-1:] = ["--iters", "1", "--name", "new", "--stored_size"]
     refuses(capsys, lambda: stage("distill", [*run, "8"]), "--stored_size 8", "8 px")
     refuses(capsys, lambda: stage("distill", [*run, "4", "--method", "krr_st"]), "--stored_size", "krr_st")
+    line = refuses(capsys, lambda: stage("distill", [*run, "4", "--fraction", "1"]), "--fraction 1")
+    most = line.split()[-1]  # what it advises is allowed
+    stage("distill", [*run, "4", "--fraction", most, "--iters", "0"])
+    assert len(read(copy / "sets/new.pt")["images"]) <= N and float(most) < 1
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_our_recipe_wants_centred_targets(copy, stage, capsys, centred):
+    """It says so of targets whose mean is large, and makes the set all the same."""
+    targets = read(copy / "targets.pt")["targets"].abs()
+    torch.save({"targets": targets - targets.mean(0) if centred else targets}, copy / "targets.pt")
+    shutil.rmtree(copy / "experts")
+    stage("train_experts", [*EXPERTS, "--out_dir", copy])
+    run = [*DISTILL, "--out_dir", copy, "--iters", "1", "--recipe", "best"]
+    stage("distill", run)
+    said = capsys.readouterr().err
+    assert ("warning" in said and "--centre" in said) != centred and (copy / "sets/best_random.pt").exists()
 
 
 def test_a_fork_needs_targets_only(copy, stage):
@@ -1041,6 +1058,39 @@ def test_train_expert_returns_its_trajectory():
         theta, common.normalise(images, *stats), targets, torch.tensor(0.1), order.split(8),
     )  # fmt: skip
     torch.testing.assert_close(trajectory[1], end)
+
+
+@pytest.mark.parametrize("ema, sam", [(0.9, 0.0), (0.0, 0.5), (0.9, 0.5)])
+def test_averaged_and_flat_trajectories(ema, sam):
+    """--ema and --sam by hand: the gradient is that of rho uphill, and the weights' average is stored."""
+    torch.manual_seed(0)
+    net = common.ConvNet(4, 16, 1, 4, 3)
+    twin = common.ConvNet(4, 16, 1, 4, 3)
+    twin.load_state_dict(net.state_dict())
+    images, targets = torch.randint(0, 256, (20, 1, 16, 16), dtype=torch.uint8), torch.randn(20, 4)
+    stats = torch.tensor([0.5]), torch.tensor([0.3])
+    options = ["--epochs", "2", "--batch_size", "8", "--momentum", "0", "--weight_decay", "0"]
+    args = train_experts.parse_args([*options, "--ema", str(ema), "--sam", str(sam)])
+    loss_fn = common.make_objective("kd", common.ImageSet(images, None, *stats))
+    stored = train_experts.train_expert(net, loss_fn, images, targets, stats, args, seed=3)
+    theta, order = common.flatten(twin), torch.Generator().manual_seed(3)
+    average, expected = None, [theta]
+
+    def gradient(theta, batch):
+        theta = theta.detach().requires_grad_()
+        outputs = common.forward_flat(twin, theta, common.normalise(images[batch], *stats))
+        return torch.autograd.grad(torch.nn.functional.mse_loss(outputs, targets[batch]), theta)[0]
+
+    for _ in range(2):
+        for batch in torch.randperm(20, generator=order).split(8):
+            g = gradient(theta, batch)
+            theta = theta - 0.1 * gradient(theta + sam * g / g.norm(), batch)
+            average = theta if average is None else ema * average + (1 - ema) * theta
+        expected.append(average)
+    torch.testing.assert_close(stored[0], torch.stack(expected))
+    torch.testing.assert_close(common.flatten(net), theta)  # the student itself is not averaged
+    outputs = common.forward_flat(twin, expected[1], common.normalise(images, *stats))
+    torch.testing.assert_close(stored[1], (outputs - targets).square().mean(1))
 
 
 def test_segments_count_where_they_are_matched(copy, stage, capsys):
