@@ -49,7 +49,7 @@ RECIPES = {  # defaults that depend on the method
     "mkdt": dict(init="high_loss", iters=5000, lr_img=1e3, decay=1.0),
     "krr_st": dict(init="random", iters=160_000, lr_img=1e-4, decay=1e-3),
 }
-BEST = dict(  # --recipe best: not the paper's; chosen on held-out training images, see the README
+BEST = dict(  # --recipe best: not the paper's; how it was chosen: see the README
     init="random", inner_momentum=0.9, log_lr=True, lr_init=1.0, lr_lr=0.05, lr_img=1e4, clip_grad=0.003,
     decay=0.1,
 )  # fmt: skip
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     data.add_argument("--name", help="of the set (default: METHOD_INIT or subset_INIT, and _seedN if not 0)")
     net = parser.add_argument_group("student f_S, as in train_experts.py")
     net.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
-    net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
+    net.add_argument("--depth", type=positive, help="blocks (default: 2 at 16 px, 3 at 32 px, 4 at 64 px)")
     syn = parser.add_argument_group("synthetic set D_syn, Z_syn")
     syn.add_argument("--method", choices=RECIPES, default="mkdt", help="how it is learnt")
     recipe = "best: ours, for targets of train_teacher.py --centre; the set is then best_INIT"
@@ -757,7 +757,7 @@ def main(args):
     })  # fmt: skip
     checkpoint.remove()
     print(f"wrote {path} and .png: {size} images, lr {alpha_syn(args, lr).item():.4f}")
-    if matching and recent and statistics.mean(recent) > 2:
+    if matching and len(recent) == recent.maxlen and statistics.mean(recent) > 2:  # not of a rehearsal
         print(
             f"warning: {path}: the matching loss ended at {statistics.mean(recent):.3g}, and a student that "
             "does not move has 1: the set ran off; choose a smaller --lr_img or --lr_init, or --clip_grad",

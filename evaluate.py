@@ -108,7 +108,7 @@ def parse_args(argv=None):
         "--norm", choices=["batch", "instance"], default="batch", help="of a ResNet (paper: batch)"
     )
     net.add_argument("--width", type=positive, help="channels (default: 128; of a ResNet's first stage 64)")
-    net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
+    net.add_argument("--depth", type=positive, help="blocks (default: 2 at 16 px, 3 at 32 px, 4 at 64 px)")
     pre = parser.add_argument_group("pre-training (eq. 9)")
     objectives = "kd: MSE to the targets; krr_st: that with KRR-ST's recipe; or SSL on the images; a row each"
     pre.add_argument("--pretrain", nargs="+", choices=OBJECTIVES, default=["kd"], help=objectives)

@@ -63,7 +63,7 @@ def parse_args(argv=None):
     data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
     net = parser.add_argument_group("student f_S")
     net.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
-    net.add_argument("--depth", type=positive, help="blocks of the ConvNet (default: 3 at 32 px, 4 at 64 px)")
+    net.add_argument("--depth", type=positive, help="blocks (default: 2 at 16 px, 3 at 32 px, 4 at 64 px)")
     kd = parser.add_argument_group("expert trajectories (eq. 7)")
     objectives = "the students' loss: the paper's, kd, or what section 4.1 sets it against"
     kd.add_argument("--objective", choices=RECIPES, default="kd", help=objectives)

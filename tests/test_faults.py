@@ -473,7 +473,7 @@ def test_divergence(copy, stage, capsys, monkeypatch):
 
 
 def test_a_matching_that_ran_off_is_said(copy, stage, capsys):
-    stage("distill", [*MKDT, "--out_dir", copy, "--iters", "1", "--lr_init", "30", "--name", "off"])
+    stage("distill", [*MKDT, "--out_dir", copy, "--iters", "10", "--lr_init", "30", "--name", "off"])
     message = capsys.readouterr().err
     assert message.startswith("warning: ") and "--lr_img" in message and message.count("\n") == 1
 
