@@ -1198,6 +1198,22 @@ ADDED = dict(  # what files from before these options were made with
 )  # fmt: skip
 
 
+def differing(options, others):
+    """The first option in which two files, or a run and a file, differ: (its name, the one value, the other).
+
+    Both are {stage: {option: value}}; None if there is none. What one of them does not name is no difference,
+    unless it is older than the option: that is then ADDED's value.
+    """
+    for stage in (stage for stage in options if options[stage] and others.get(stage)):
+        method = others[stage].get("method")
+        added = {**ADDED, "decay": 1e-3 if method == "krr_st" else 1.0}
+        one, other = {**added, **options[stage]}, {**added, **others[stage]}
+        for name in (name for name in one if name in other):
+            if one[name] != other[name]:
+                return name, one[name], other[name]
+    return None
+
+
 def is_done(path, stage, options, keys, made=()):
     """Whether path is there, made by these options of the stage and from load_targets' made; exits if not so.
 
@@ -1206,14 +1222,13 @@ def is_done(path, stage, options, keys, made=()):
     if not Path(path).exists():
         return False
     contents = load(path, keys, f"{stage}.py", mmap=True)
-    then = contents.get("options", {}).get(stage, {})
-    then = then and {**ADDED, "decay": 1e-3 if then.get("method") == "krr_st" else 1.0, **then}
-    for name, value in options.items():
-        if name in then and then[name] != value:
-            fail(
-                f"{path}: exists, made with --{name} {then[name]}, now --{name} {value}; move it away, or "
-                "choose another --out_dir"
-            )
+    differ = differing({stage: options}, contents.get("options", {}))
+    if differ:
+        name, now, then = differ
+        fail(
+            f"{path}: exists, made with --{name} {then}, now --{name} {now}; move it away, or choose another "
+            "--out_dir"
+        )
     check_origin(path, contents, made)
     return True
 

@@ -562,6 +562,7 @@ def load_experts(folder, num_images, num_parameters, made, count=None):
         trajectory, loss = expert["trajectory"], expert["example_loss"]
         options = expert.get("options", {})
         first = first or (trajectory.shape, options)
+        differ = common.differing(options, first[1])
         if trajectory.shape[1] != num_parameters:
             common.fail(
                 f"{path}: students have P = {trajectory.shape[1]} parameters, here P = {num_parameters}; "
@@ -570,10 +571,11 @@ def load_experts(folder, num_images, num_parameters, made, count=None):
         if loss.shape != (num_images,):
             common.fail(f"{path}: does not hold {num_images} example losses; make it again")
         common.check_origin(path, expert, made)
-        if (trajectory.shape, options) != first:
+        if differ or trajectory.shape != first[0]:
+            name, own, others = differ or ("epochs", len(trajectory) - 1, first[0][0] - 1)
             common.fail(
-                f"{path}: was made with other options than {paths[0]}; make them all again with the same, "
-                "or move one kind away"
+                f"{path}: was made with --{name} {own}, {paths[0]} with {others}; make them all again with "
+                "the same, or move one kind away"
             )
         trajectories.append(trajectory)
         losses.append(loss)
@@ -625,10 +627,10 @@ def main(args):
     whole, small = (channels * side**2 + dims for side in (px, stored))  # numbers of an image and its target
     size = size * whole // small  # as many numbers in all
     if not 1 + ssl <= size <= n:
-        least, most = math.ceil((1 + ssl) * small / whole) / n, math.floor(100 * small / whole) / 100
+        least, most = -(-(1 + ssl) * small // whole) / n, ((n + 1) * small - 1) // whole / n
         common.fail(
             f"--fraction {args.fraction}: makes a set of {size} of {n} images; choose one from "
-            f"{least:.2g} to {most:g}"
+            f"{math.ceil(1e4 * least) / 1e4:g} to {math.floor(1e4 * most) / 1e4:g}"
         )
     if args.recipe == "best" and args.iters and common.rank() == 0:
         share = (all_targets.mean(0).square().sum() / all_targets.square().sum(1).mean()).item()

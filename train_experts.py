@@ -95,6 +95,10 @@ def parse_args(argv=None):
     return args
 
 
+def smaller_rates(args):
+    return f"a smaller --lr than {args.lr}" + (f" or --sam than {args.sam}" if args.sam else "")
+
+
 @contextlib.contextmanager
 def uphill(parameters, rho):
     """Within it, the weights are those within rho where the loss is highest, to first order; restored after.
@@ -166,7 +170,7 @@ def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None,
         if bad is not None:
             common.fail(
                 f"the loss of expert {seed - args.seed} is {losses[bad]} in step {bad + 1} of epoch "
-                f"{epoch + 1}: choose a smaller --lr than {args.lr}"
+                f"{epoch + 1}: choose {smaller_rates(args)}"
             )
         at["trajectory"][epoch + 1] = common.flatten(stored).cpu()
         if epoch == 0 and not ssl:
@@ -291,7 +295,7 @@ def main(args):
         if k == 0:
             found["gradient_variance"] = [gradient_variance(*of_gradient)]  # at the start and at the end
         start, path = time.time(), paths[k].with_suffix(".checkpoint")
-        diverged = f"expert {k} diverged: choose a smaller --lr than {args.lr}"
+        diverged = f"expert {k} diverged: choose {smaller_rates(args)}"
 
         def resume(at, path=path, diverged=diverged, **parts):
             return common.Checkpoint(path, args, log, diverged, at, own=True, net=net, **parts)

@@ -368,9 +368,12 @@ def test_smaller_images_and_more_of_them(copy, stage, capsys):
     refuses(capsys, lambda: stage("distill", [*run, "8"]), "--stored_size 8", "8 px")
     refuses(capsys, lambda: stage("distill", [*run, "4", "--method", "krr_st"]), "--stored_size", "krr_st")
     line = refuses(capsys, lambda: stage("distill", [*run, "4", "--fraction", "1"]), "--fraction 1")
-    most = line.split()[-1]  # what it advises is allowed
-    stage("distill", [*run, "4", "--fraction", most, "--iters", "0"])
-    assert len(read(copy / "sets/new.pt")["images"]) <= N and float(most) < 1
+    least, _, most = line.split()[-3:]  # what it advises is allowed
+    assert 0 < float(least) < float(most) < 1
+    for share in (least, most):
+        stage("distill", [*run, "4", "--fraction", share, "--iters", "0"])
+        assert 1 <= len(read(copy / "sets/new.pt")["images"]) <= N
+        (copy / "sets/new.pt").unlink()
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -872,16 +875,21 @@ def test_experts_of_another_network(copy, stage, capsys):
 
 
 def test_mixed_experts(copy, stage, capsys):
-    (copy / "experts/0002.pt").unlink()
-    expert = read(copy / "experts/0001.pt")
-    expert["options"]["train_experts"]["lr"] = 0.05
-    torch.save(expert, copy / "experts/0002.pt")
-    refuses(
-        capsys,
-        lambda: stage("distill", [*DISTILL, "--out_dir", copy, "--name", "x"]),
-        "0002.pt",
-        "other options",
-    )
+    """Refused by the option that differs; an expert from before an option was there goes with its default."""
+    path, run = copy / "experts/0002.pt", [*DISTILL, "--out_dir", copy, "--iters", "1", "--name"]
+    expert = read(path)
+    made = expert["options"]["train_experts"]
+    for option, value in (("lr", 0.05), ("ema", 0.9)):
+        torch.save({**expert, "options": {"train_experts": {**made, option: value}}}, path)
+        refuses(capsys, lambda: stage("distill", [*run, "x"]), "0002.pt", f"--{option} {value}", "0000.pt")
+    older = {name: made[name] for name in made if name not in ("ema", "sam")}
+    torch.save({**expert, "options": {"train_experts": older}}, path)
+    stage("distill", [*run, "x"])
+    first = read(copy / "experts/0000.pt")
+    averaged = {"train_experts": {**made, "ema": 0.9}}
+    torch.save({**first, "options": averaged}, copy / "experts/0000.pt")
+    torch.save({**read(copy / "experts/0001.pt"), "options": averaged}, copy / "experts/0001.pt")
+    refuses(capsys, lambda: stage("distill", [*run, "y"]), "0002.pt", "--ema 0.0", "with 0.9")
 
 
 def test_everything_is_of_the_targets_there_now(copy, stage, capsys):
@@ -1026,6 +1034,7 @@ def test_divergence_is_said(copy, stage, capsys):
     assert not (copy / "sets/x.pt").exists()
     run = [*EXPERTS, "--out_dir", copy, "--first_expert", "7", "--lr", "1e20"]
     refuses(capsys, lambda: stage("train_experts", run), "--lr")
+    refuses(capsys, lambda: stage("train_experts", [*run[:-2], "--sam", "1e30"]), "--lr", "--sam than 1e+30")
     assert not (copy / "experts/0007.pt").exists()
 
 
