@@ -1198,19 +1198,22 @@ ADDED = dict(  # what files from before these options were made with
 )  # fmt: skip
 
 
-def differing(options, others):
-    """The first option in which two files, or a run and a file, differ: (its name, the one value, the other).
+def with_added(options):
+    """A file's options, {stage: {option: value}}, with ADDED where it is older than these."""
+    old_decay = {stage: 1e-3 if made.get("method") == "krr_st" else 1.0 for stage, made in options.items()}
+    return {stage: made and {**ADDED, "decay": old_decay[stage], **made} for stage, made in options.items()}
 
-    Both are {stage: {option: value}}; None if there is none. What one of them does not name is no difference,
-    unless it is older than the option: that is then ADDED's value.
+
+def differing(options, others):
+    """The first option in which two differ: (its name, the one value, the other), or None.
+
+    Both are {stage: {option: value}}; what one of them does not name is no difference.
     """
-    for stage in (stage for stage in options if options[stage] and others.get(stage)):
-        method = others[stage].get("method")
-        added = {**ADDED, "decay": 1e-3 if method == "krr_st" else 1.0}
-        one, other = {**added, **options[stage]}, {**added, **others[stage]}
-        for name in (name for name in one if name in other):
-            if one[name] != other[name]:
-                return name, one[name], other[name]
+    for stage, made in options.items():
+        other = others.get(stage, {})
+        for name, value in made.items():
+            if name in other and other[name] != value:
+                return name, value, other[name]
     return None
 
 
@@ -1222,7 +1225,7 @@ def is_done(path, stage, options, keys, made=()):
     if not Path(path).exists():
         return False
     contents = load(path, keys, f"{stage}.py", mmap=True)
-    differ = differing({stage: options}, contents.get("options", {}))
+    differ = differing({stage: options}, with_added(contents.get("options", {})))
     if differ:
         name, now, then = differ
         fail(

@@ -562,7 +562,7 @@ def load_experts(folder, num_images, num_parameters, made, count=None):
         trajectory, loss = expert["trajectory"], expert["example_loss"]
         options = expert.get("options", {})
         first = first or (trajectory.shape, options)
-        differ = common.differing(options, first[1])
+        differ = common.differing(common.with_added(options), common.with_added(first[1]))
         if trajectory.shape[1] != num_parameters:
             common.fail(
                 f"{path}: students have P = {trajectory.shape[1]} parameters, here P = {num_parameters}; "

@@ -161,6 +161,12 @@ def test_centred_targets(copy, stage):
     torch.testing.assert_close(after["targets"] + after["mean"], before["targets"])
     assert after["targets"].mean(0).abs().max() < 1e-5
     assert (copy / "teacher.pt").read_bytes() == weights
+    teacher = read(copy / "teacher.pt")  # as a run with --centre writes it
+    teacher["options"]["train_teacher"]["centre"] = True
+    torch.save(teacher, copy / "teacher.pt")
+    (copy / "targets.pt").unlink()
+    stage("train_teacher", [*TEACHER, "--out_dir", copy])
+    assert torch.equal(read(copy / "targets.pt")["targets"], before["targets"])
 
 
 def test_files_from_before_an_option(copy, stage, capsys):
