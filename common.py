@@ -1200,8 +1200,11 @@ ADDED = dict(  # what files from before these options were made with
 
 def with_added(options):
     """A file's options, {stage: {option: value}}, with ADDED where it is older than these."""
-    old_decay = {stage: 1e-3 if made.get("method") == "krr_st" else 1.0 for stage, made in options.items()}
-    return {stage: made and {**ADDED, "decay": old_decay[stage], **made} for stage, made in options.items()}
+    filled = {}
+    for stage, made in options.items():
+        decay = 1e-3 if made.get("method") == "krr_st" else 1.0
+        filled[stage] = {**ADDED, "decay": decay, **made} if made else {}
+    return filled
 
 
 def differing(options, others):

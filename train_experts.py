@@ -137,7 +137,7 @@ def train_expert(net, loss_fn, images, targets, stats, args, seed, forward=None,
         optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     at = {"epoch": 0, "step": 0, "loss": 0.0, "example_loss": torch.zeros(len(images))}
     at["trajectory"] = common.flatten(net).cpu().repeat(args.epochs + 1, 1)  # the rows to come are filled in
-    parts = dict(optimizer=optimizer, draws=draws, **({"average": average} if average else {}))
+    parts = dict(optimizer=optimizer, draws=draws, average=[average] if average else [])
     checkpoint = resume(at, **parts) if resume else None
     at = checkpoint.at if checkpoint else at
     for epoch in range(args.epochs):

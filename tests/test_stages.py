@@ -1054,18 +1054,30 @@ def test_unknown_data_set(tmp_path, stage, capsys):
     refuses(capsys, lambda: stage("train_teacher", run), "mnist", "cifar10")
 
 
-def test_train_expert_returns_its_trajectory():
-    """One epoch of plain SGD by hand gives the same weights."""
+def by_hand():
+    """A small student and its twin, 20 images, their targets, mean and std, and KD's loss."""
     torch.manual_seed(0)
     net = common.ConvNet(4, 16, 1, 4, 3)
     twin = common.ConvNet(4, 16, 1, 4, 3)
     twin.load_state_dict(net.state_dict())
     images, targets = torch.randint(0, 256, (20, 1, 16, 16), dtype=torch.uint8), torch.randn(20, 4)
     stats = torch.tensor([0.5]), torch.tensor([0.3])
+    return (
+        net,
+        twin,
+        images,
+        targets,
+        stats,
+        common.make_objective("kd", common.ImageSet(images, None, *stats)),
+    )
+
+
+def test_train_expert_returns_its_trajectory():
+    """One epoch of plain SGD by hand gives the same weights."""
+    net, twin, images, targets, stats, loss_fn = by_hand()
     args = train_experts.parse_args(
         ["--epochs", "1", "--batch_size", "8", "--momentum", "0", "--weight_decay", "0"]
     )
-    loss_fn = common.make_objective("kd", common.ImageSet(images, None, *stats))
     trajectory, _, _ = train_experts.train_expert(net, loss_fn, images, targets, stats, args, seed=3)
     theta, order = common.flatten(twin), torch.randperm(20, generator=torch.Generator().manual_seed(3))
     end = distill.student_steps(
@@ -1078,15 +1090,9 @@ def test_train_expert_returns_its_trajectory():
 @pytest.mark.parametrize("ema, sam", [(0.9, 0.0), (0.0, 0.5), (0.9, 0.5)])
 def test_averaged_and_flat_trajectories(ema, sam):
     """--ema and --sam by hand: the gradient is that of rho uphill, and the weights' average is stored."""
-    torch.manual_seed(0)
-    net = common.ConvNet(4, 16, 1, 4, 3)
-    twin = common.ConvNet(4, 16, 1, 4, 3)
-    twin.load_state_dict(net.state_dict())
-    images, targets = torch.randint(0, 256, (20, 1, 16, 16), dtype=torch.uint8), torch.randn(20, 4)
-    stats = torch.tensor([0.5]), torch.tensor([0.3])
+    net, twin, images, targets, stats, loss_fn = by_hand()
     options = ["--epochs", "2", "--batch_size", "8", "--momentum", "0", "--weight_decay", "0"]
     args = train_experts.parse_args([*options, "--ema", str(ema), "--sam", str(sam)])
-    loss_fn = common.make_objective("kd", common.ImageSet(images, None, *stats))
     stored = train_experts.train_expert(net, loss_fn, images, targets, stats, args, seed=3)
     theta, order = common.flatten(twin), torch.Generator().manual_seed(3)
     average, expected = None, [theta]
