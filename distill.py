@@ -315,7 +315,7 @@ def trajectory_losses(args, net, loss_fn, px, images, targets, lr, trajectories,
     if args.compile and not ssl:  # the views of SSL are new in every step
 
         def fused_loss(theta, x, z, n):
-            return loss_fn(lambda x: common.forward_flat(net, theta, x, torch.channels_last), x, z)
+            return loss_fn(lambda x: common.forward_flat(net, theta, x, common.layout(args.width)), x, z)
 
         functions = step_functions(fused_loss, compile=True)
 

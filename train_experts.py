@@ -254,8 +254,9 @@ def main(args):
     net = make_net()
     forward = net
     if args.compile:  # once, for all experts
-        net = net.to(memory_format=torch.channels_last)
-        forward = common.compiled(lambda x: net(x.contiguous(memory_format=torch.channels_last)))
+        layout = common.layout(args.width)
+        net = net.to(memory_format=layout)
+        forward = common.compiled(lambda x: net(x.contiguous(memory_format=layout)))
     experts = range(args.first_expert, args.first_expert + args.num_experts)
     paths = {k: args.out_dir / "experts" / f"{k:04d}.pt" for k in experts}
     keys = {"trajectory": 2, "example_loss": 1}

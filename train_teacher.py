@@ -268,7 +268,7 @@ def main(args):
         load_encoder(encoder, teacher_path, made)
     elif args.init_from:  # a teacher of other images is welcome
         load_encoder(encoder, args.init_from, {})
-    encoder = encoder.to(args.device, memory_format=torch.channels_last)  # a seventh faster on a CPU
+    encoder = encoder.to(args.device, memory_format=common.layout(args.width))
     (train_images,) = common.place([images.images], args.device)
     ids = {"images_id": made["images_id"], "init_from": options["init_from"]}
     log = common.Log(args.out_dir, "train_teacher", args, ids)

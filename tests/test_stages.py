@@ -833,6 +833,31 @@ def test_compile(copy, stage, monkeypatch, capsys):
     refuses(capsys, lambda: stage("distill", set_run), "--compile", "C++ compiler", "--no-compile")
 
 
+@pytest.mark.parametrize("width", [4, 8])
+def test_layout_of_narrow_networks(copy, stage, monkeypatch, width):
+    """No convolution with fewer than 8 channels sees channels_last, in which oneDNN corrupts memory."""
+    seen, forward = [], torch.nn.Conv2d._conv_forward
+
+    def record(self, x, weight, bias):
+        for tensor in (x, weight):  # one channel, or one pixel, has both layouts
+            last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+            seen.append(last)
+        return forward(self, x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", record)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    for path in ("targets.pt", "teacher.pt", "experts/0001.pt"):
+        (copy / path).unlink()
+    stage("train_teacher", [*TEACHER, "--out_dir", copy, "--width", width])
+    assert any(seen) == (width == 8)
+    seen.clear()
+    shutil.rmtree(copy / "experts")
+    student = ["--width", width, "--out_dir", copy, "--compile"]
+    stage("train_experts", [*EXPERTS, *student])
+    stage("distill", [*DISTILL, *student, "--init", "random", "--iters", "1", "--name", "new"])
+    assert seen and any(seen) == (width == 8)
+
+
 # -- files that do not belong together, and options that cannot be -------------------------------------------
 
 
