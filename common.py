@@ -1,5 +1,4 @@
-"""What the stages of MKDT must agree on: data sets, networks, SSL losses, views, the student as a vector, the
-probe, several processes, files.
+"""What the stages of MKDT must agree on: data sets, networks, SSL losses and views, the probe, files.
 
 A definition stands here when two stages would stop fitting together without it, or when it is an equation of
 the paper (Joshi, Ni, Mirzasoleiman, "Dataset Distillation via Knowledge Distillation", ICLR 2025). The
@@ -14,25 +13,18 @@ import argparse
 import contextlib
 import ctypes
 import datetime
-import errno
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import logging
 import math
 import os
-import pickle
-import platform
-import shlex
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 import warnings
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -41,500 +33,363 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
-from PIL import Image
-from torchvision.datasets.utils import download_url, extract_archive
-from torchvision.models.resnet import BasicBlock
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
 try:
     import fcntl
-except ImportError:  # not on Windows
+except ImportError:  # not on Windows, where nothing is locked
     fcntl = None
 
-
-_own_work = False  # whether this process does what no other does: see own_work
-
-
-class Fatal(SystemExit):
-    """The end of a program that had better not go on with other work, either: the disk is full, say."""
+# torchvision, scikit-learn and Pillow are imported where they are used: --help need not wait for them.
 
 
-def fail(message, kind=SystemExit):
-    """End the program with one line on stderr and exit status 2: for all that the user can put right."""
-    if rank() > 0 and not _own_work:
-        time.sleep(30)  # what all processes find the first one says, and torchrun ends the others meanwhile
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    raise kind(2)
+class Problem(Exception):
+    """What the user can put right; ends in one line on stderr and exit status 2 (see run)."""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data sets
-# ------------------------------------------------------------------------------------------------------------
+def seed_of(*key):
+    """A seed that follows from the key alone, numbers and words: (seed, "views", step)."""
+    words = [int.from_bytes(part.encode(), "big") if isinstance(part, str) else part for part in key]
+    # With the length in front, for SeedSequence does not count zeros at the end.
+    return int(np.random.SeedSequence([len(key), *words]).generate_state(1)[0])
+
+
+def generator(device, *key):
+    """A generator that follows from the key alone: a run that is resumed at a step needs no state of it."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+def shuffled(n, batch_size, *key, start=0, smallest=1):
+    """Yields index tensors (B,) without end, from batch number `start` on: passes over range(n).
+
+    The order of a pass follows from (key, its number). The last batch of a pass may be smaller than
+    batch_size; one of fewer than `smallest` is left out. n and batch_size must be at least `smallest`.
+    """
+    per_pass = n // batch_size + (n % batch_size >= smallest)
+    for number in itertools.count(start):
+        epoch, i = divmod(number, per_pass)
+        if i == 0 or number == start:
+            order = torch.randperm(n, generator=generator("cpu", *key, epoch))
+        yield order[i * batch_size : (i + 1) * batch_size]
+
+
+# ---- Data sets ---------------------------------------------------------------------------------------------
 
 
 class Dataset(NamedTuple):
     """A row of the table below."""
 
     size: int  # pixels; images are squashed to size x size, the aspect ratio is not kept (as the authors do)
-    mean: tuple | None  # of the channels, in [0, 1]; None: measured on the training images
-    std: tuple | None
-    flip: bool = True  # whether a mirrored image is still an image of the same thing
+    mean: tuple | None = None  # of the channels, in [0, 1]; None: measured on the images
+    std: tuple | None = None
     count: tuple | None = None  # images to train and to test: a set with others is not whole
+    archives: tuple = ()  # (URL, MD5) each; without MD5 torchvision has a class that knows it
+    flip: bool = True  # whether a mirrored image is still an image of the same thing
 
 
 # Sizes and statistics are those of the authors' code; every set is evaluated at its own size, also by an
 # encoder that was pre-trained at another (the convolutions do not mind, the number of features F changes).
 DATASETS = {
-    "digits": Dataset(8, None, None, flip=False),
-    "cifar10": Dataset(32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), count=(50_000, 10_000)),
-    "cifar100": Dataset(32, (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023), count=(50_000, 10_000)),
-    "tinyimagenet": Dataset(64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), count=(100_000, 10_000)),
-    "aircraft": Dataset(32, (0.4804, 0.5116, 0.5349), (0.2021, 0.1953, 0.2297), count=(6_667, 3_333)),
-    "cub2011": Dataset(32, (0.4857, 0.4995, 0.4324), (0.2145, 0.2098, 0.2496), count=(5_994, 5_794)),
-    "dogs": Dataset(32, (0.4765, 0.4516, 0.3911), (0.2490, 0.2435, 0.2479), count=(12_000, 8_580)),
-    "flowers": Dataset(32, (0.4329, 0.3820, 0.2965), (0.2828, 0.2333, 0.2615), count=(1_020, 6_149)),
-    "imagefolder": Dataset(32, None, None),
+    "digits": Dataset(8, flip=False),
+    "cifar10": Dataset(
+        32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), (50_000, 10_000),
+        [("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", None)]),
+    "cifar100": Dataset(
+        32, (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023), (50_000, 10_000),
+        [("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", None)]),
+    "tinyimagenet": Dataset(
+        64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (100_000, 10_000),
+        [("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")]),
+    "aircraft": Dataset(
+        32, (0.4804, 0.5116, 0.5349), (0.2021, 0.1953, 0.2297), (6_667, 3_333),
+        [("https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz", None)]),
+    "cub2011": Dataset(
+        32, (0.4857, 0.4995, 0.4324), (0.2145, 0.2098, 0.2496), (5_994, 5_794),
+        [("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+          "97eceeb196236b17998738112f37df78")]),
+    "dogs": Dataset(
+        32, (0.4765, 0.4516, 0.3911), (0.2490, 0.2435, 0.2479), (12_000, 8_580),
+        [("http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", "1bb1f2a596ae7057f99d7d75860002ef"),
+         ("http://vision.stanford.edu/aditya86/ImageNetDogs/lists.tar", "edbb9f16854ec66506b5f09b583e0656")]),
+    "flowers": Dataset(
+        32, (0.4329, 0.3820, 0.2965), (0.2828, 0.2333, 0.2615), (1_020, 6_149),
+        [(f"https://thor.robots.ox.ac.uk/flowers/102/{name} (in the folder flowers-102)", None)
+         for name in ("102flowers.tgz", "imagelabels.mat", "setid.mat")]),
+    "imagefolder": Dataset(32),
+    "images": Dataset(32),
 }
-
-DATASET_HELP = ", ".join(DATASETS) + ":DIR"
-
-# The archives that torchvision has no class for: (URL, MD5).
-ARCHIVES = {
-    "tinyimagenet": [
-        ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
-    ],
-    "cub2011": [
-        (
-            "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-            "97eceeb196236b17998738112f37df78",
-        )
-    ],
-    "dogs": [
-        ("http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", "1bb1f2a596ae7057f99d7d75860002ef"),
-        ("http://vision.stanford.edu/aditya86/ImageNetDogs/lists.tar", "edbb9f16854ec66506b5f09b583e0656"),
-    ],
-}
-
-# Where torchvision's own classes look for what they download: (URL, folder below data_dir), for the error
-# message.
-TORCHVISION_ARCHIVES = {
-    "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "."),
-    "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "."),
-    "aircraft": (
-        "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
-        ".",
-    ),
-    "flowers": (
-        "https://thor.robots.ox.ac.uk/flowers/102/102flowers.tgz (and imagelabels.mat, setid.mat beside it)",
-        "flowers-102",
-    ),
-}
-
-
-BROKEN = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error)  # by an archive cut off
-
-IN_MEMORY = 2**31  # bytes; files of more images are decoded once, into a file that is mapped into memory
+DEPTH_HELP = "blocks (default: 2 at 16 px, 3 at 32 px, 4 at 64 px)"
+DATASET_HELP = f"{', '.join(list(DATASETS)[:-2])}, imagefolder:DIR, or images:DIR, which has no labels"
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")  # of image files
 
 
 class ImageSet(NamedTuple):
     """One split of a data set, on the CPU."""
 
-    images: torch.Tensor  # (N, C, H, W) uint8
-    labels: torch.Tensor  # (N,) int64
-    mean: torch.Tensor  # (C,) of the pixels in [0, 1]; the training split's serve both splits
+    images: torch.Tensor  # (N, C, H, W) uint8; of image files, mapped from DATA_DIR/decoded
+    labels: torch.Tensor | None  # (N,) int64; None: there are none
+    mean: torch.Tensor  # (C,) of the pixels in [0, 1]
     std: torch.Tensor  # (C,)
     flip: bool = True  # whether views may be mirrored
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """--help with the docstring as it is and the default after each option that has one."""
-
-    def _get_help_string(self, action):
-        if action.default in (None, argparse.SUPPRESS) or "default" in action.help:
-            return action.help
-        return action.help + " (default: %(default)s)"
-
-
-def at_least(low, kind=int, high=2**31 - 1):
-    """The type of a numeric option: a number of this kind from low to high."""
-
-    def parse(text):
-        try:
-            number = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
-        if not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not allowed; choose {low} or more, at most {high}")
-        return number
-
-    return parse
-
-
-positive, natural, number = at_least(1), at_least(0), at_least(0, float, 1e30)
-
-
-def device(text):
-    """The type of --device: the name of one that works here; under torchrun "cuda" is each process's own."""
-    if text == "cuda" and "LOCAL_RANK" in os.environ:
-        text = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.zeros(1, device=text).item()
-    except Exception as error:  # torch raises many kinds
-        reason = str(error).strip().splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} does not work here ({reason}); choose cpu") from None
-    return text
-
-
 def parse_dataset(name, data_dir):
-    """(key of DATASETS, folder of its files) of a data set's name; "imagefolder:DIR" names its own folder.
-
-    Exits when the name is not in the table.
-    """
+    """(key of DATASETS, folder of its files) of a data set's name; raises Problem if there is no such set."""
     key, _, folder = name.partition(":")
-    if key not in DATASETS or (folder and key != "imagefolder"):
-        fail(f"data set {name!r} is unknown: choose one of {', '.join(DATASETS)} or imagefolder:DIR")
+    if key not in DATASETS or (folder and key not in ("imagefolder", "images")):
+        raise Problem(f"data set {name!r} is unknown: choose one of {DATASET_HELP}")
     return key, Path(folder or data_dir)
 
 
 def load_images(name, split, data_dir, image_size=None, limit=None):
-    """Read one split of a data set into memory as uint8.
+    """One split of a data set as an ImageSet; raises Problem where the files cannot be had or read.
 
     Args:
-        name: a key of DATASETS, or "imagefolder:DIR" for DIR/{train,test}/CLASS/* (DIR defaults to data_dir).
+        name: a key of DATASETS, or imagefolder:DIR or images:DIR (DIR defaults to data_dir).
         split: "train" or "test".
-        data_dir: where downloads go.
+        data_dir: where downloads and decoded images go.
         image_size: pixels, if not the table's; images of another size are squashed to it by Lanczos' filter.
-        limit: keep only so many images, evenly spaced over the split (to rehearse a run).
-
-    Returns an ImageSet. Exits with one line when the files cannot be had, naming the URL and their folder.
-    Files of images that need more than IN_MEMORY are decoded into data_dir/decoded, and mapped from there.
+        limit: keep only so many images, evenly spaced over the split.
     """
     key, folder = parse_dataset(name, data_dir)
-    size = image_size or DATASETS[key].size
-    with one_at_a_time(folder if key in (*ARCHIVES, *TORCHVISION_ARCHIVES) else None):
-        samples = _open_dataset(key, split, folder)
-    count = DATASETS[key].count
-    again = f"remove what was unpacked of {key} in {folder}, to have it unpacked again"
-    if count and len(samples) != count[split == "test"]:
-        fail(f"{folder}: has {len(samples)} of {key}'s {count[split == 'test']} {split} images; {again}")
-    keep = range(len(samples))
-    if limit and limit < len(samples):
-        keep = [i * len(samples) // limit for i in range(limit)]
-    channels = 1 if key == "digits" else 3
-    shape = (len(keep), channels, size, size)
-
-    def decode(i):
-        try:
-            image, label = samples[i]
-        except Exception as error:  # PIL raises many kinds
-            where = samples.paths[i] if isinstance(samples, _Files) else f"image {i} of {name}"
-            raise ValueError(f"{where}: cannot be read as an image ({error})") from None
-        if image.size != (size, size):
-            image = TF.resize(image, [size, size], interpolation=InterpolationMode.LANCZOS)
-        return TF.pil_to_tensor(image), label
-
-    def parts():
-        """(images (n, C, H, W), labels) of some hundred at a time, so that nobody need hold them all."""
-        progress = Progress("image", len(keep), 1, "images")
-        with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
-            for start in range(0, len(keep), 500):
-                try:
-                    decoded = list(pool.map(decode, keep[start : start + 500]))
-                except ValueError as error:
-                    pool.shutdown(cancel_futures=True)
-                    fail(f"{error}; {again if count else 'replace it or take it away'}")
-                yield torch.stack([image for image, _ in decoded]), [label for _, label in decoded]
-                progress(min(start + 500, len(keep) - 1), reading=name)
-
-    if isinstance(samples, _Files) and math.prod(shape) > IN_MEMORY:
-        images = _mapped_images(samples, keep, shape, Path(data_dir) / "decoded", parts)
-        labels = torch.tensor([samples.labels[i] for i in keep])
+    own_size, mean, std, count, _, flip = DATASETS[key]
+    size, wanted = image_size or own_size, count and count[split == "test"]
+    images, labels = samples(key, split, folder)
+    advice = f"remove what {folder} has of {key}, and try again" if count else "replace or remove them"
+    if wanted and len(images) != wanted:
+        raise Problem(f"{folder}: has {len(images)} of {wanted} {split} images of {key}; {advice}")
+    keep = range(len(images))
+    if limit and limit < len(images):
+        keep = [i * len(images) // limit for i in range(limit)]
+    images, labels = [images[i] for i in keep], labels and torch.tensor([int(labels[i]) for i in keep])
+    if isinstance(images[0], np.ndarray):
+        images = np.stack([squash(image, size) for image in images])
     else:
-        images, labels = torch.empty(shape, dtype=torch.uint8), torch.empty(len(keep), dtype=torch.int64)
-        done = 0
-        for part, part_labels in parts():
-            images[done : done + len(part)] = part
-            labels[done : done + len(part)] = torch.tensor(part_labels)
-            done += len(part)
-    _, mean, std, flip, _ = DATASETS[key]
+        images = decode(images, size, Path(data_dir) / "decoded", advice)
+    images = torch.from_numpy(images)
     if mean is None:
-        # From the counts of the 256 values, so that no float copy of the images is made.
-        counts = torch.zeros(channels, 256, dtype=torch.float64)
+        sums = torch.zeros(2, images.shape[1], dtype=torch.float64)
         for part in images.split(1000):
-            counts += torch.stack(
-                [torch.bincount(part[:, c].flatten(), minlength=256) for c in range(channels)]
-            )
-        share = counts * channels / images.numel()
-        values = torch.arange(256).double() / 255
-        mean = share @ values
-        std = (share @ values.square() - mean.square()).clamp(min=1e-4).sqrt()
+            x = part.transpose(0, 1).flatten(1).float() / 255
+            sums += torch.stack([x.sum(1, dtype=torch.float64), x.square().sum(1, dtype=torch.float64)])
+        mean, square = sums * images.shape[1] / images.numel()
+        std = (square - mean.square()).clamp(min=1e-4).sqrt()
     return ImageSet(images, labels, torch.as_tensor(mean).float(), torch.as_tensor(std).float(), flip)
 
 
-def normalise(images, mean, std):
-    """(B, C, H, W) uint8, or float in [0, 1], to float with the data set's mean and std taken out."""
-    x = images.float() / 255 if images.dtype == torch.uint8 else images
-    return (x - mean.view(-1, 1, 1).to(x.device)) / std.view(-1, 1, 1).to(x.device)
+def samples(key, split, folder):
+    """The images of a split, N arrays (H, W[, C]) uint8 or N paths, and their labels, a list, or None."""
+    train = split == "train"
+    if key == "digits":  # in the order of its writers, so that the test digits are by other hands
+        from sklearn.datasets import load_digits
+
+        digits, part = load_digits(), slice(1297) if train else slice(1297, None)
+        return np.round(digits.images[part] * (255 / 16)).astype(np.uint8), list(digits.target[part])
+    if key == "images":
+        return find_images(folder), None
+    if key == "imagefolder":
+        return image_folder(split, folder)
+    try:
+        with one_at_a_time(folder):  # the first process downloads and unpacks, the others find it
+            from torchvision import datasets
+
+            if key in ("cifar10", "cifar100"):
+                part = getattr(datasets, key.upper())(folder, train, download=True)
+                return part.data, part.targets
+            if key == "aircraft":  # 6,667 images: "trainval", labels by variant
+                split = "trainval" if train else "test"
+                part = datasets.FGVCAircraft(folder, split, "variant", download=True)
+                return part._image_files, part._labels
+            if key == "flowers":  # 1,020 images: "train" without "val", as the authors do
+                part = datasets.Flowers102(folder, split, download=True)
+                return part._image_files, part._labels
+            return archived(key, split, unpack(key, folder))
+    except Exception as error:  # torchvision, archives and lists raise many kinds
+        urls = " and ".join(url + (f" (MD5 {md5})" if md5 else "") for url, md5 in DATASETS[key].archives)
+        raise Problem(f"data set {key} is not in {folder}, or not whole there, and could not be downloaded "
+                      f"({type(error).__name__}); remove what is there of it, and put there {urls}") from None
 
 
-def images_id(images):
-    """The fingerprint of a data set's training images, from at most some 1,000 of them and their number."""
-    return fingerprint(torch.tensor(len(images)), images[:: max(1, len(images) // 1000)])
+def unpack(key, data_dir):
+    """The folder data_dir/KEY with the archives unpacked; what is not in data_dir yet is downloaded."""
+    from torchvision.datasets.utils import download_url, extract_archive
+
+    root = Path(data_dir) / key
+    if not root.exists():
+        partial = root.with_name(key + ".partial")  # moved into place when whole
+        for url, md5 in DATASETS[key].archives:
+            name = url.rsplit("/", 1)[1]
+            download_url(url, data_dir, name, md5)  # does nothing when the archive is there and whole
+            extract_archive(os.path.join(data_dir, name), partial)
+        partial.rename(root)
+    return root
 
 
-def denormalise(images, mean, std):
-    """The inverse of normalise; not cut to [0, 1], so that pixels outside keep their gradient."""
-    return images * std.view(-1, 1, 1).to(images.device) + mean.view(-1, 1, 1).to(images.device)
+def archived(key, split, root):
+    """(paths, labels) of a split of a data set that torchvision has no class for, unpacked in root."""
+
+    def column(path, number):
+        return [line.split()[number] for line in path.read_text().splitlines()]
+
+    if key == "dogs":
+        from scipy.io import loadmat  # a dependency of scikit-learn
+
+        lists = loadmat(root / f"{split}_list.mat", squeeze_me=True)
+        return [root / "Images" / str(name) for name in lists["file_list"]], list(lists["labels"] - 1)
+    if key == "cub2011":
+        root = root / "CUB_200_2011"
+        files = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
+        rows = zip(*(column(root / name, 1) for name in files), strict=True)
+        rows = [(root / "images" / name, int(label) - 1) for name, label, part in rows
+                if part == ("1" if split == "train" else "0")]
+        return [path for path, _ in rows], [label for _, label in rows]
+    root = root / "tiny-imagenet-200"
+    classes = sorted(column(root / "wnids.txt", 0))
+    if split == "train":
+        paths = [path for name in classes for path in sorted((root / "train" / name / "images").iterdir())]
+        return paths, [classes.index(path.parts[-3]) for path in paths]
+    names, labels = (column(root / "val/val_annotations.txt", i) for i in (0, 1))
+    return [root / "val/images" / name for name in names], [classes.index(label) for label in labels]
 
 
-def enlarge(images, size):
-    """(B, C, h, h) to (B, C, size, size), by bilinear interpolation; as they are if they have that size."""
-    return images if images.shape[-1] == size else F.interpolate(images, (size, size), mode="bilinear")
+def image_folder(split, folder):
+    """(paths, labels) of DIR/{train,test}/CLASS/*, or of DIR/val where there is no test.
+
+    The classes are the folders of DIR/train in alphabetical order, but for hidden ones (.ipynb_checkpoints).
+    """
+    part = folder / split
+    if split == "test" and not part.is_dir() and (folder / "val").is_dir():
+        part = folder / "val"
+        print(f"{folder}: has no folder test, so the images of val are taken", flush=True)
+    classes = {}
+    for where in (folder / "train", part):
+        if not where.is_dir():
+            raise Problem(f"{where}: no such folder; imagefolder:DIR is DIR/train/CLASS/*, DIR/test/CLASS/* "
+                          "or DIR/val/CLASS/*; for images without labels give images:DIR")
+        classes[where] = sorted(p.name for p in where.iterdir() if p.is_dir() and p.name[0] != ".")
+        unknown = set(classes[where]) - set(classes[folder / "train"])
+        if unknown or not classes[where]:
+            what = f"class {min(unknown)!r} has no folder in train" if unknown else "no class has a folder"
+            raise Problem(f"{where}: {what}; add it, or give images:DIR for images without labels")
+    paths, known = {name: find_images(part / name) for name in classes[part]}, classes[folder / "train"]
+    return sum(paths.values(), []), [known.index(name) for name in paths for _ in paths[name]]
+
+
+def find_images(folder):
+    """The paths of the image files at any depth below a folder, in order; raises Problem if there are none.
+
+    Hidden files and folders are passed over. Links are followed, but not to a folder that was entered
+    already or that contains the link.
+    """
+    entered, files, hidden = {os.path.realpath(folder)}, [], 0
+
+    def is_new(root, name):
+        real, here = os.path.realpath(os.path.join(root, name)), os.path.realpath(root)
+        new = real not in entered and not here.startswith(real + os.sep)
+        entered.add(real)
+        return new
+
+    def fail(error):
+        raise Problem(f"{error.filename}: cannot be read ({error.strerror}); give another folder")
+
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        hidden += sum(name.startswith(".") for name in [*folders, *names])
+        folders[:] = [name for name in sorted(folders) if name[0] != "." and is_new(root, name)]
+        files += [os.path.join(root, name) for name in sorted(names) if name[0] != "."]
+    images = [path for path in files if path.lower().endswith(ENDINGS)]
+    if not images:
+        found = " ".join(sorted({os.path.splitext(path)[1] or "none" for path in files})[:9]) or "no files"
+        raise Problem(f"{folder}: has no images; endings there: {found}; those read: {' '.join(ENDINGS)}")
+    if hidden or len(images) < len(files):
+        print(f"{folder}: passed over {hidden} hidden files or folders, and {len(files) - len(images)} files "
+              "with other endings than those of images", flush=True)
+    return images
 
 
 def read_image(path):
-    """An image file of any mode as a PIL image, 8 bits RGB; raises what Pillow raises, or ValueError."""
+    """An image file of any mode as a PIL image, 8 bits RGB, turned upright; raises what Pillow raises."""
+    from PIL import Image, ImageOps
+
+    if not os.path.isfile(path):
+        raise ValueError("it is not a file")
     with open(path, "rb") as file, Image.open(file) as image:
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits; convert would make all above 255 white
             values = np.asarray(image).clip(0, 2**16 - 1) // 256
             return Image.fromarray(values.astype(np.uint8)).convert("RGB")
         if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of any range; save it in 8 or 16 bits")
+            raise ValueError("its pixels are floating-point numbers of unknown range")
         if "transparency" in image.info:  # of a palette, which convert would warn of
             image = image.convert("RGBA")
         return image.convert("RGB")
 
 
-class _Files:
-    """A sequence of (PIL image, label) from paths and labels."""
+def squash(image, size):
+    """An image, of PIL or (H, W[, C]) uint8, as (C, size, size) uint8."""
+    from PIL import Image
 
-    def __init__(self, paths, labels):
-        self.paths, self.labels = paths, labels
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return read_image(self.paths[i]), self.labels[i]
+    array = isinstance(image, np.ndarray)
+    if (image.shape[:2] if array else image.size) != (size, size):
+        image = Image.fromarray(image) if array else image
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
-def _mapped_images(samples, keep, shape, folder, parts):
-    """The decoded images of files, as a tensor that is mapped from a file in the folder, made if not there.
+def decode(paths, size, folder, advice):
+    """The images of files, (N, 3, size, size) uint8, mapped from folder/DIGEST.npy, made if not there.
 
-    The file is named by paths, sizes and times of the images, so that one that has changed is decoded anew.
+    DIGEST follows from the paths, sizes and times of the images. Raises Problem with those it cannot read.
     """
-    digest = hashlib.sha256(repr(shape).encode())
-    for i in keep:
-        stat = os.stat(samples.paths[i])
-        digest.update(os.fsencode(os.path.abspath(samples.paths[i])))
-        digest.update(f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    path = folder / f"{digest.hexdigest()[:16]}.uint8"
+    digest = hashlib.sha256(str(size).encode())
+    for path in paths:
+        with contextlib.suppress(OSError):  # a file that is not there is named below
+            info = os.stat(path)
+            digest.update(os.fsencode(os.path.abspath(path)))
+            digest.update(f" {info.st_size} {info.st_mtime_ns}\n".encode())
+    target, shape = folder / f"{digest.hexdigest()[:16]}.npy", (len(paths), 3, size, size)
 
-    def there():
-        return path.exists() and path.stat().st_size == math.prod(shape)
+    def mapped():
+        with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or cut off
+            images = np.load(target, mmap_mode="c")
+            return images if images.shape == shape else None
 
-    while int(os.environ.get("LOCAL_RANK", 0)) > 0 and not there():
-        time.sleep(0.5)  # of the processes of a machine, the first decodes
-    with one_at_a_time(folder):
-        if not there():
-            print(f"decoding {len(keep)} images of {shape[-1]} px into {path}", flush=True)
-            room = f"give a --data_dir that can be, with room for {math.prod(shape) / 2**20:.0f} MiB"
-            with replacing(path, room) as temporary, open(temporary, "wb") as file:
-                for images, _ in parts():
-                    file.write(images.numpy())
-    return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=torch.uint8).view(shape)
-
-
-@contextlib.contextmanager
-def one_at_a_time(folder):
-    """Processes pass here one after another, for the first to make what the others find; None: all at once.
-
-    Where the folder cannot be locked (it may be read-only, with all in it) they do not wait.
-    """
-    with contextlib.ExitStack() as stack:
-        if folder and fcntl:
-            with contextlib.suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(folder / ".lock", "a"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
-                except BlockingIOError:
-                    print(f"waiting for another process, which holds {file.name}", flush=True)
-                    fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-# Images beyond what a device holds stay on the host.
-
-
-def place(tensors, device):
-    """The tensors on the device, if they take less than a third of its free memory, or as they are."""
-    if str(device).startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if sum(tensor.nbytes for tensor in tensors) > free / 3:
-            return tensors
-    return [tensor.to(device) for tensor in tensors]
-
-
-def fetch(tensors, batches, device):
-    """An iterator of the rows of all the tensors, on the device, for each index tensor (or slice) of batches.
-
-    Those of tensors on the host come one batch ahead.
-    """
-    if all(tensor.device.type == torch.device(device).type for tensor in tensors):
-        return ([tensor[batch] for tensor in tensors] for batch in batches)
-    return _fetch_ahead(tensors, batches, device)
-
-
-def _fetch_ahead(tensors, batches, device):
-    """A thread gathers and pins the rows; a stream of their own copies them while the device computes."""
-    cuda = torch.device(device).type == "cuda"
-    stream = torch.cuda.Stream(device) if cuda else None
-
-    def copy(batch):
-        rows = [tensor[batch] for tensor in tensors]
-        if not cuda:
-            return [row.to(device) for row in rows], None
-        with torch.cuda.stream(stream):
-            rows = [row if row.is_cuda else row.pin_memory().to(device, non_blocking=True) for row in rows]
-            return rows, stream.record_event()
-
-    batches = iter(batches)
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(copy, batch) for batch in itertools.islice(batches, 1)]
-        while ahead:
-            ahead += [pool.submit(copy, batch) for batch in itertools.islice(batches, 1)]
-            rows, copied = ahead.pop(0).result()
-            if copied:
-                torch.cuda.current_stream(device).wait_event(copied)
-                for row in rows:  # so that their memory is not given away while the device still reads
-                    row.record_stream(torch.cuda.current_stream(device))
-            yield rows
-
-
-def _open_dataset(key, split, folder):
-    """A data set's split as a sequence of (PIL image, label)."""
-    if key == "digits":
-        return _digits(split)
-    if key == "imagefolder":
-        return _image_folder(split, folder)
-    if key in ARCHIVES:
-        root = _unpack(key, folder)
+    def read(path):
         try:
-            return {"tinyimagenet": _tiny_imagenet, "cub2011": _cub2011, "dogs": _dogs}[key](split, root)
-        except Exception as error:  # of the lists, which may be cut off, text or scipy's
-            fail(
-                f"{root}: {key} is not complete there ({error}); remove that folder to have it unpacked again"
-            )
-    train = split == "train"
-    tv = torchvision.datasets
-    try:
-        if key == "cifar10":
-            return tv.CIFAR10(folder, train, download=True)
-        if key == "cifar100":
-            return tv.CIFAR100(folder, train, download=True)
-        if key == "aircraft":
-            # 6,667 images: "trainval", labels by variant.
-            return tv.FGVCAircraft(folder, "trainval" if train else "test", "variant", download=True)
-        # 1,020 images: "train" without "val", as the authors do.
-        return tv.Flowers102(folder, split, download=True)
-    except (*BROKEN, RuntimeError, ValueError, KeyError, IndexError) as error:
-        url, place = TORCHVISION_ARCHIVES[key]
-        fail(
-            f"data set {key} is not in {folder}, or not whole, and its download failed ({error}); put {url} "
-            f"into {folder / place}, and remove what is there of {key}"
-        )
+            return squash(read_image(path), size)
+        except Exception as error:  # Pillow raises many kinds
+            return f"{path} ({error or type(error).__name__})"
+
+    if mapped() is None:
+        with one_at_a_time(folder), replacing(target) as temporary, ThreadPoolExecutor() as pool:
+            broken, progress = [], Progress("decoding image", len(paths))
+            if mapped() is not None:
+                return mapped()  # another process has made it meanwhile
+            with open(temporary, "wb") as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for first in range(0, len(paths), 500):  # Pillow decodes outside the interpreter's lock
+                    for image in pool.map(read, paths[first : first + 500]):
+                        broken += [image] if isinstance(image, str) else []
+                        file.write(b"" if broken else image.tobytes())
+                    progress(min(first + 500, len(paths)), into=target)
+            if broken:
+                more = ["..."] if len(broken) > 10 else []
+                raise Problem(f"{len(broken)} of {len(paths)} images cannot be read: "
+                              f"{', '.join(broken[:10] + more)}; {advice}")
+    return mapped()
 
 
-def _digits(split):
-    """scikit-learn's 1,797 digits of 8 x 8 pixels: the first 1,297 to train, the last 500 to test.
-
-    The set is in the order of its writers, so the test digits are by other hands.
-    """
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    part = slice(0, 1297) if split == "train" else slice(1297, None)
-    images = np.round(bunch.images[part] * (255 / 16)).astype(np.uint8)
-    return [(TF.to_pil_image(image), int(label)) for image, label in zip(images, bunch.target[part])]
+def normalise(images, data):
+    """(B, C, H, W) uint8, or float in [0, 1], to float, less the mean of data (an ImageSet), by its std."""
+    x = images.float() / 255 if images.dtype == torch.uint8 else images
+    return (x - data.mean.view(-1, 1, 1).to(x)) / data.std.view(-1, 1, 1).to(x)
 
 
-def _image_folder(split, folder):
-    """DIR/{train,test}/CLASS/*, classes in alphabetical order of the training folder."""
-    for part in ("train", split):
-        if not (folder / part).is_dir():
-            fail(
-                f"{folder / part}: no such folder; an image folder is DIR/train/CLASS/* and DIR/test/CLASS/*"
-            )
-    try:
-        files = torchvision.datasets.ImageFolder(folder / split)
-        classes, _ = files.find_classes(folder / "train")
-    except (FileNotFoundError, OSError) as error:
-        fail(f"{folder / split}: {error}; an image folder is DIR/train/CLASS/* and DIR/test/CLASS/*")
-    unknown = sorted(set(files.classes) - set(classes))
-    if unknown:
-        fail(
-            f"{folder / split}: class {unknown[0]!r} has no folder in {folder / 'train'}; add it there or "
-            "remove it"
-        )
-    index = [classes.index(name) for name in files.classes]
-    return _Files([path for path, _ in files.samples], [index[label] for _, label in files.samples])
+def denormalise(images, data):
+    """The inverse of normalise; not cut to [0, 1], so that pixels outside keep their gradient."""
+    return images * data.std.view(-1, 1, 1).to(images) + data.mean.view(-1, 1, 1).to(images)
 
 
-def _unpack(key, data_dir):
-    """data_dir/KEY with the archives unpacked; downloads what is not in data_dir yet, checks every MD5."""
-    root = Path(data_dir) / key
-    if not root.exists():
-        partial = root.with_name(key + ".partial")  # moved into place when whole
-        for url, md5 in ARCHIVES[key]:
-            name = url.rsplit("/", 1)[1]
-            try:
-                download_url(url, data_dir, name, md5)  # does nothing when the archive is there and whole
-                extract_archive(os.path.join(data_dir, name), partial)
-            except (*BROKEN, RuntimeError) as error:
-                fail(
-                    f"data set {key} is not in {data_dir} and the download of {url} failed ({error}); put "
-                    f"{name} (MD5 {md5}) into {data_dir}"
-                )
-        partial.rename(root)
-    return root
-
-
-def _tiny_imagenet(split, root):
-    root = root / "tiny-imagenet-200"
-    classes = {wnid: i for i, wnid in enumerate(sorted((root / "wnids.txt").read_text().split()))}
-    if split == "train":
-        paths = [path for wnid in classes for path in sorted((root / "train" / wnid / "images").iterdir())]
-        return _Files(paths, [classes[path.parts[-3]] for path in paths])
-    rows = [line.split("\t")[:2] for line in (root / "val/val_annotations.txt").read_text().splitlines()]
-    return _Files([root / "val/images" / name for name, _ in rows], [classes[wnid] for _, wnid in rows])
-
-
-def _cub2011(split, root):
-    root = root / "CUB_200_2011"
-    columns = [
-        [line.split()[1] for line in (root / name).read_text().splitlines()]
-        for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt")
-    ]
-    wanted = "1" if split == "train" else "0"
-    rows = [(root / "images" / path, int(label) - 1) for path, label, part in zip(*columns) if part == wanted]
-    return _Files([path for path, _ in rows], [label for _, label in rows])
-
-
-def _dogs(split, root):
-    from scipy.io import loadmat  # a dependency of scikit-learn
-
-    lists = loadmat(root / f"{split}_list.mat", squeeze_me=True)
-    paths = [root / "Images" / str(name) for name in lists["file_list"]]
-    return _Files(paths, [int(label) - 1 for label in lists["labels"]])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Networks
-# ------------------------------------------------------------------------------------------------------------
+# ---- Networks ---------------------------------------------------------------------------------------------
 
 
 def default_depth(image_size):
@@ -542,9 +397,18 @@ def default_depth(image_size):
     return max(2, round(math.log2(image_size / 4)))
 
 
+def make_student(out_dim, image_size, channels, width=128, depth=None):
+    """A fresh student f_S for images of image_size px: the network of experts, distillation and evaluation.
+
+    One of your own goes here: a module with forward(x) -> (B, out_dim) and features(x) -> (B, F), without
+    running statistics (BatchNorm). It is made with the global generator, which the caller has seeded.
+    """
+    return ConvNet(out_dim, image_size, channels, width, depth or default_depth(image_size))
+
+
 class ConvNet(nn.Module):
-    """The student: depth x [3x3 convolution, instance norm, ReLU, 2x2 average pooling], then a linear head to
-    out_dim.
+    """The paper's student: depth x [3x3 convolution, instance norm, ReLU, 2x2 average pooling], then a linear
+    head to out_dim.
 
     Instance norm is GroupNorm with a group a channel: no running statistics, so the parameters are the whole
     network. With out_dim 512 at 32 px it has P = 1,348,608 parameters. features(x) is what the probe sees
@@ -554,7 +418,7 @@ class ConvNet(nn.Module):
     def __init__(self, out_dim, image_size=32, channels=3, width=128, depth=3):
         super().__init__()
         if depth > math.log2(image_size):
-            fail(f"--depth {depth} halves images of {image_size} px to nothing; choose a smaller one")
+            raise Problem(f"--depth {depth} halves images of {image_size} px to nothing; choose less")
         blocks = []
         for i in range(depth):
             blocks += [
@@ -575,42 +439,45 @@ class ConvNet(nn.Module):
         return self.head(self.features(x))
 
 
-class ResNet(torchvision.models.ResNet):
+class ResNet(nn.Sequential):
     """torchvision's ResNet of basic blocks for small images: 3x3 stem of stride 1, no max-pooling, any width.
 
-    blocks (2, 2, 2, 2) is ResNet-18 (the teacher), (1, 1, 1, 1) is ResNet-10. out_dim None: no head,
-    forward(x) is features(x), (B, 8 width). strides are those of the four stages.
+    blocks (2, 2, 2, 2) is ResNet-18 (the teacher), (1, 1, 1, 1) ResNet-10; strides are those of the four
+    stages. out_dim None: no head, forward(x) is features(x).
     """
 
-    def __init__(
-        self,
-        blocks=(2, 2, 2, 2),
-        out_dim=None,
-        channels=3,
-        width=64,
-        norm_layer=nn.BatchNorm2d,
-        strides=(1, 2, 2, 2),
-    ):
-        super().__init__(BasicBlock, blocks, norm_layer=norm_layer)
-        self.inplanes = width
+    def __init__(self, blocks=(2, 2, 2, 2), out_dim=None, channels=3, width=64, norm_layer=nn.BatchNorm2d,
+                 strides=(1, 2, 2, 2)):
+        from torchvision.models.resnet import BasicBlock
+
+        super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.bn1 = norm_layer(width)
-        self.maxpool = nn.Identity()
+        self.bn1, self.relu, inputs = norm_layer(width), nn.ReLU(inplace=True), width
         for i, (n, stride) in enumerate(zip(blocks, strides)):
-            setattr(self, f"layer{i + 1}", self._make_layer(BasicBlock, width * 2**i, n, stride))
-        for module in self.modules():  # torchvision's initialisation, for the layers just made
+            outputs, shortcut = width * 2**i, None
+            if stride > 1 or inputs != outputs:
+                shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+                shortcut = nn.Sequential(shortcut, norm_layer(outputs))
+            layer = [BasicBlock(inputs, outputs, stride, shortcut, norm_layer=norm_layer)]
+            layer += [BasicBlock(outputs, outputs, norm_layer=norm_layer) for _ in range(n - 1)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*layer))
+            inputs = outputs
+        self.avgpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Identity() if out_dim is None else nn.Linear(8 * width, out_dim)
+        for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.fc = nn.Identity() if out_dim is None else nn.Linear(8 * width, out_dim)
 
     def features(self, x):
         """(B, C, H, W) -> (B, 8 width), averaged over the last map."""
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.avgpool(x).flatten(1)
+        return nn.Sequential(*list(self)[:-1])(x)
 
-    def forward(self, x):
-        return self.fc(self.features(x))
+
+def layout(width):
+    """The memory format for networks of this width: channels_last is a seventh faster on a CPU."""
+    # oneDNN of torch 2.14.1 corrupts memory on processors with AVX2 and no AVX-512, in the backward pass of a
+    # strided 1x1 convolution of 4 channels in channels_last; with 8 it does not.
+    return torch.channels_last if width >= 8 else torch.contiguous_format
 
 
 # A network as one vector: what trajectories hold, and what distillation differentiates.
@@ -619,29 +486,19 @@ class ResNet(torchvision.models.ResNet):
 def flatten(net):
     """All parameters of net as one new vector (P,), in the order of net.parameters().
 
-    Raises ValueError if net has buffers (BatchNorm's running statistics): a trajectory would not hold them.
+    Raises Problem if the vector would not be the whole network: running statistics, frozen parameters.
     """
-    if any(True for _ in net.buffers()):
-        raise ValueError(
-            "a student with buffers (BatchNorm?) cannot be a trajectory: use a norm without running "
-            "statistics"
-        )
-    return torch.cat(
-        [p.detach().reshape(-1) for p in net.parameters()]
-    )  # cat copies; a view would go on training
-
-
-def layout(width):
-    """The memory format for networks of this width on a CPU: channels_last, a seventh faster, from 8 channels on.
-
-    oneDNN as torch 2.14.1 ships it corrupts memory on processors with AVX2 and no AVX-512 in the backward pass
-    of a strided 1x1 convolution with 4 input channels in channels_last; 8 channels, or contiguous, are fine.
-    """
-    return torch.channels_last if width >= 8 else torch.contiguous_format
+    for name, _ in net.named_buffers():
+        raise Problem(f"the student's {name} is a buffer, which no trajectory holds: take nn.GroupNorm or "
+                      "nn.LayerNorm for BatchNorm")
+    for name, p in net.named_parameters():
+        if not p.requires_grad:
+            raise Problem(f"the student's {name} is frozen: set its requires_grad, or leave it out")
+    return torch.cat([p.detach().reshape(-1) for p in net.parameters()])  # cat copies; a view would train on
 
 
 def forward_flat(net, theta, x, memory_format=torch.contiguous_format):
-    """net(x) with the parameters theta (P,) in place of net's own; differentiable in theta and x.
+    """net(x) with the parameters theta (P,) in place of net's own; twice differentiable in theta and x.
 
     memory_format: of x and of the convolutions' weights.
     """
@@ -649,23 +506,19 @@ def forward_flat(net, theta, x, memory_format=torch.contiguous_format):
     parts = [part.view(s) for part, s in zip(theta.split([s.numel() for s in shapes]), shapes)]
     parts = [p.contiguous(memory_format=memory_format) if p.ndim == 4 else p for p in parts]
     x = x.contiguous(memory_format=memory_format)
-    return torch.func.functional_call(net, dict(zip(names, parts)), (x,))
+    # The fused kernels of attention have no second derivative.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return torch.func.functional_call(net, dict(zip(names, parts)), (x,))
 
 
 @torch.no_grad()
-def encode(function, images, mean, std, device=None, rows=None, batch_size=500):
-    """function(normalised images) over images (N, C, H, W) uint8, in batches; (N, ...) on the device.
-
-    device: that of the function's network, if the images are on another; rows: of these images only, (n,).
-    """
-    parts = (slice(i, i + batch_size) for i in range(0, len(images), batch_size))
-    batches = fetch([images], parts if rows is None else rows.split(batch_size), device or images.device)
-    return torch.cat([function(normalise(batch, mean, std)) for (batch,) in batches])
+def encode(function, images, data, device):
+    """function(normalised images) over images (N, C, H, W) uint8, in batches; (N, ...) on the device."""
+    parts = [slice(i, i + 500) for i in range(0, len(images), 500)]
+    return torch.cat([function(normalise(fetch(images, part, device), data)) for part in parts])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Self-supervised losses and views
-# ------------------------------------------------------------------------------------------------------------
+# ---- Self-supervised losses and views ---------------------------------------------------------------------
 
 
 def barlow_twins_loss(z1, z2, off_diagonal):
@@ -678,9 +531,8 @@ def barlow_twins_loss(z1, z2, off_diagonal):
     z2 = (z2 - z2.mean(0)) / (z2.var(0, correction=0) + 1e-12).sqrt()
     correlation = z1.T @ z2 / len(z1)  # (d, d)
     diagonal = correlation.diagonal()
-    return (1 - diagonal).square().sum() + off_diagonal * (
-        correlation.square().sum() - diagonal.square().sum()
-    )
+    off = correlation.square().sum() - diagonal.square().sum()
+    return (1 - diagonal).square().sum() + off_diagonal * off
 
 
 def simclr_loss(z1, z2, temperature):
@@ -691,16 +543,8 @@ def simclr_loss(z1, z2, temperature):
     return F.cross_entropy(similarity, other)
 
 
-def random_view(
-    images,
-    generator,
-    min_crop=0.08,
-    flip=True,
-    jitter=(0.4, 0.4, 0.4, 0.1),
-    blur=0.0,
-    solarize=0.0,
-    part_of=None,
-):
+def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0,
+                solarize=0.0, part_of=None):
     """One random view of each image, every image by its own draw, computed as a batch on the images' device.
 
     Random resized crop, mirror, colour jitter (with probability 0.8) and greyscale (0.2), then blur and
@@ -716,78 +560,77 @@ def random_view(
         part_of: (B', first): the images are those from `first` on of a batch of B', and get its draws.
 
     Returns (B, C, H, W) in [0, 1], float32 or of the images' own precision, differentiable in images.
-
-    differs: torchvision jitters in a random order, cuts to [0, 1] after each change and turns the hue in HSV.
-    Here the hue is a rotation in YIQ; then brightness, contrast, saturation and hue commute, and one 3x3
-    matrix and an offset an image are all of them, greyscale (saturation 0) included.
     """
-    b, channels = images.shape[:2]
-    x = images.float() / 255 if images.dtype == torch.uint8 else images
-    device, dtype = x.device, x.dtype
+    b = len(images)
     total, first = part_of or (b, 0)
+    x = images.float() / 255 if images.dtype == torch.uint8 else images
 
-    def draw():  # in float32, so that a draw does not depend on the precision
-        return torch.rand(total, generator=generator, device=device)[first : first + b]
+    def draw(low=0.0, high=1.0):  # (B,); in float32, so that a draw does not depend on the precision
+        share = torch.rand(total, generator=generator, device=x.device)[first : first + b].to(x.dtype)
+        return share * (high - low) + low
 
-    def uniform(low, high):
-        return draw().to(dtype) * (high - low) + low
-
-    def chance(p):
-        return draw() < p
-
-    # Crop and mirror: an affine grid in [-1, 1]. Where torchvision draws again, sides above 1 are cut to 1.
-    area, log_ratio = uniform(min_crop, 1), uniform(math.log(3 / 4), math.log(4 / 3))
-    w, h = (area * log_ratio.exp()).sqrt().clamp(max=1), (area / log_ratio.exp()).sqrt().clamp(max=1)
-    affine = torch.zeros(b, 2, 3, device=device, dtype=dtype)
-    affine[:, 0, 0] = w * (1 - 2 * chance(0.5).to(dtype)) if flip else w
-    affine[:, 1, 1] = h
-    affine[:, 0, 2], affine[:, 1, 2] = uniform(-1, 1) * (1 - w), uniform(-1, 1) * (1 - h)
-    grid = F.affine_grid(affine, list(x.shape), align_corners=False)
-    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-
-    # Colours: y = gain * M x + (1 - contrast) * mean luma of the image.
-    on = chance(0.8).to(dtype)
-    brightness, contrast = (1 + on * uniform(-s, s) for s in jitter[:2])
-    saturation = 1 + on * uniform(-jitter[2], jitter[2])
-    angle = on * uniform(-jitter[3], jitter[3]) * 2 * math.pi
-    saturation = saturation * (~chance(0.2)).to(dtype)
-    if channels == 3:
-        to_yiq = torch.tensor(
-            [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]],
-            device=device,
-            dtype=dtype,
-        )
-        cos, sin = saturation * angle.cos(), saturation * angle.sin()
-        turn = torch.zeros(b, 3, 3, device=device, dtype=dtype)
-        turn[:, 0, 0], turn[:, 1, 1], turn[:, 2, 2], turn[:, 1, 2], turn[:, 2, 1] = 1, cos, cos, -sin, sin
-        matrix = to_yiq.inverse() @ turn @ to_yiq
-        luma = to_yiq[0]
-    else:
-        matrix = torch.eye(channels, device=device, dtype=dtype).expand(b, -1, -1)
-        luma = torch.full((channels,), 1 / channels, device=device, dtype=dtype)
-    mean_luma = (luma.view(-1, 1, 1) * x).sum(1).mean((1, 2))  # (B,)
-    matrix = matrix * (brightness * contrast).view(-1, 1, 1)
-    offset = ((1 - contrast) * brightness * mean_luma).view(-1, 1, 1)
-    x = (torch.bmm(matrix, x.flatten(2)) + offset).view_as(x).clamp(0, 1)
-
+    x = random_crop(x, draw, min_crop, flip)
+    x = random_colours(x, draw, jitter)
     if blur > 0:  # a Gaussian of its own width an image, as one grouped convolution a direction
-        radius = max(1, x.shape[-1] // 20)
-        at = torch.arange(-radius, radius + 1, device=device)
-        kernel = (-at.square() / (2 * uniform(0.1, 2).square().view(-1, 1))).exp()
+        channels, radius = x.shape[1], max(1, x.shape[-1] // 20)
+        at = torch.arange(-radius, radius + 1, device=x.device)
+        kernel = (-at.square() / (2 * draw(0.1, 2).square().view(-1, 1))).exp()
         kernel = kernel / kernel.sum(1, keepdim=True)
-        kernel = torch.where(chance(blur).view(-1, 1), kernel, (at == 0).to(dtype))
+        kernel = torch.where((draw() < blur).view(-1, 1), kernel, (at == 0).to(x.dtype))
         kernel = kernel.repeat_interleave(channels, 0).view(b * channels, 1, 1, -1)
         flat = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1).unsqueeze(0)
         flat = F.conv2d(flat, kernel, groups=b * channels)
         x = F.conv2d(flat, kernel.transpose(2, 3), groups=b * channels).view_as(x)
     if solarize > 0:
-        x = torch.where(chance(solarize).view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
+        x = torch.where((draw() < solarize).view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
     return x
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Objectives of students
-# ------------------------------------------------------------------------------------------------------------
+def random_crop(x, draw, min_crop, flip):
+    """Random resized crop and mirror of x (B, C, H, W), by an affine grid; draw(low, high) gives (B,).
+
+    Where torchvision draws again, sides above 1 are cut to 1.
+    """
+    area, log_ratio = draw(min_crop, 1), draw(math.log(3 / 4), math.log(4 / 3))
+    w, h = (area * log_ratio.exp()).sqrt().clamp(max=1), (area / log_ratio.exp()).sqrt().clamp(max=1)
+    affine = torch.zeros(len(x), 2, 3, device=x.device, dtype=x.dtype)
+    affine[:, 0, 0] = w * (1 - 2 * (draw() < 0.5).to(x.dtype)) if flip else w
+    affine[:, 1, 1] = h
+    affine[:, 0, 2], affine[:, 1, 2] = draw(-1, 1) * (1 - w), draw(-1, 1) * (1 - h)
+    grid = F.affine_grid(affine, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def random_colours(x, draw, jitter):
+    """Colour jitter and greyscale of x (B, C, H, W), in [0, 1]: y = gain M x + (1 - contrast) mean luma.
+
+    differs: torchvision jitters in a random order, cuts to [0, 1] after each change and turns the hue in HSV.
+    Here the hue is a rotation in YIQ; then brightness, contrast, saturation and hue commute, and one 3x3
+    matrix and an offset an image are all of them, greyscale (saturation 0) included.
+    """
+    b, channels = x.shape[:2]
+    to = dict(device=x.device, dtype=x.dtype)
+    on = (draw() < 0.8).to(x.dtype)
+    brightness, contrast = (1 + on * draw(-s, s) for s in jitter[:2])
+    saturation, angle = (on * draw(-s, s) for s in jitter[2:])
+    saturation = (1 + saturation) * (draw() >= 0.2).to(x.dtype)
+    if channels == 3:
+        to_yiq = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
+        to_yiq = torch.tensor(to_yiq, **to)
+        cos, sin = saturation * (angle * 2 * math.pi).cos(), saturation * (angle * 2 * math.pi).sin()
+        turn = torch.zeros(b, 3, 3, **to)
+        turn[:, 0, 0], turn[:, 1, 1], turn[:, 2, 2], turn[:, 1, 2], turn[:, 2, 1] = 1, cos, cos, -sin, sin
+        matrix, luma = to_yiq.inverse() @ turn @ to_yiq, to_yiq[0]
+    else:
+        matrix = torch.eye(channels, **to).expand(b, -1, -1)
+        luma = torch.full((channels,), 1 / channels, **to)
+    mean_luma = (luma.view(-1, 1, 1) * x).sum(1).mean((1, 2))  # (B,)
+    matrix = matrix * (brightness * contrast).view(-1, 1, 1)
+    offset = ((1 - contrast) * brightness * mean_luma).view(-1, 1, 1)
+    return (torch.bmm(matrix, x.flatten(2)) + offset).view_as(x).clamp(0, 1)
+
+
+# ---- Objectives of students -------------------------------------------------------------------------------
 
 
 def mse_loss(outputs, targets, reduction="mean"):
@@ -801,39 +644,29 @@ SSL = {  # of the student's outputs for two views; weights as in train_teacher.p
     "barlow_twins": lambda z1, z2: barlow_twins_loss(z1, z2, off_diagonal=8 / 1024),
     "simclr": lambda z1, z2: simclr_loss(z1, z2, temperature=0.5),
 }
-OBJECTIVES = (*LOSSES, *SSL)
 
 
-def make_objective(name, data, precision="fp32"):
-    """The loss of a student on a batch: a function (f, x, z, generator) -> scalar.
+def student_loss(objective, f, x, z, data, draws=None):
+    """The loss of a student on a batch, a scalar.
 
     "kd" is the MSE of f(x) to the targets z (eq. 5), "supervised" the cross-entropy to one-hot labels z, both
     without augmentation. SSL compares f of two random views of x, and z is not looked at.
 
     Args:
-        name: one of OBJECTIVES.
-        data: the ImageSet whose mean and std the student sees images by, and whose views may be mirrored.
-        precision: "bf16" for f in bfloat16 where autocast allows it; the loss itself stays in float32.
-
-    Args of the function: f, images (B, C, H, W) -> (B, D); x, (B, C, H, W) uint8, or float and normalised;
-    z, (B, D); generator, a torch.Generator for the views, on the images' device.
+        objective: a key of LOSSES or SSL.
+        f: images (B, C, H, W) -> (B, D).
+        x: (B, C, H, W), uint8, or float and normalised; z: (B, D).
+        data: the ImageSet by whose mean and std the student sees images; its flip counts for views.
+        draws: a torch.Generator on the images' device, for the views.
     """
-    stats = (data.mean, data.std)
-
-    def loss(f, x, z, generator=None):
-        f = autocast(f, x.device, precision)
-        if name in SSL:
-            x = x if x.dtype == torch.uint8 else denormalise(x, *stats)
-            views = [random_view(x, generator, flip=data.flip) for _ in range(2)]
-            return SSL[name](*(f(normalise(view, *stats)) for view in views))
-        return LOSSES[name](f(normalise(x, *stats) if x.dtype == torch.uint8 else x), z)
-
-    return loss
+    if objective in SSL:
+        x = x if x.dtype == torch.uint8 else denormalise(x, data)
+        views = [random_view(x, draws, flip=data.flip) for _ in range(2)]
+        return SSL[objective](*(f(normalise(view, data)) for view in views))
+    return LOSSES[objective](f(normalise(x, data) if x.dtype == torch.uint8 else x), z)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Linear probe
-# ------------------------------------------------------------------------------------------------------------
+# ---- Linear probe -----------------------------------------------------------------------------------------
 
 
 def linear_probe(features, labels, num_classes, weight_decay=1e-3, iterations=100):
@@ -851,14 +684,8 @@ def linear_probe(features, labels, num_classes, weight_decay=1e-3, iterations=10
     x = features - centre
     weight = torch.zeros(num_classes, x.shape[1], device=x.device, requires_grad=True)
     bias = torch.zeros(num_classes, device=x.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=20 * iterations,
-        history_size=20,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-10,
-        line_search_fn="strong_wolfe",
-    )
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=20 * iterations, history_size=20,
+                                  tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -880,107 +707,121 @@ def probe_accuracy(train_features, train_labels, test_features, test_labels):
     return 100 * ((test_features @ weight.T + bias).argmax(1) == test_labels).float().mean().item()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Devices and processes
-# ------------------------------------------------------------------------------------------------------------
+# ---- Command line ------------------------------------------------------------------------------------------
 
 
-def best_device():
-    """ "cuda" if there is one, else "mps", else "cpu"."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+class Parser(argparse.ArgumentParser):
+    """A stage's command line: --help shows the docstring as it is, a wrong option is a Problem."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=HelpFormatter)
+        data = self.add_argument_group("data and files")
+        data.add_argument("--dataset", default="cifar10", help="D_real: " + DATASET_HELP)
+        data.add_argument("--data_dir", default="data", help="of downloads and of decoded images")
+        data.add_argument("--image_size", type=positive, help="pixels (default: the data set's; folders: 32)")
+        data.add_argument("--limit", type=positive, help="use so many images of each split, evenly spaced")
+        data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
+
+    def add_student_options(self):
+        net = self.add_argument_group("student f_S, the same in all stages")
+        net.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
+        net.add_argument("--depth", type=positive, help=DEPTH_HELP)
+
+    def add_run_options(self, precisions=("fp32", "tf32", "bf16"), compile=False):
+        run = self.add_argument_group("how to run (of these only --precision counts for the result)")
+        run.add_argument("--device", help="where to run (default: cuda if there is one, else mps or cpu)")
+        run.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+        rounding = "tf32: a GPU rounds the factors of products to 10 bits; bf16: networks in bfloat16, too"
+        run.add_argument("--precision", choices=precisions, default="fp32", help=rounding)
+        often = "from one checkpoint to the next, from which the same command goes on; 0: after each step"
+        run.add_argument("--checkpoint_minutes", type=at_least(0, float, 1e6), default=5.0, help=often)
+        anew = "begin anew in spite of a checkpoint; what is finished stays"
+        run.add_argument("--restart", action="store_true", help=anew)
+        if compile:
+            fused = "fuse a student's step by torch.compile (not with SSL): faster, after a minute or two"
+            run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=fused)
+        return run
+
+    def error(self, message):
+        raise Problem(message)
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        key, folder = parse_dataset(args.dataset, args.data_dir)
+        args.out_dir = args.out_dir or Path("runs") / (folder.resolve().name if ":" in args.dataset else key)
+        return args
 
 
-PRECISION_HELP = (
-    "tf32: products on a GPU are rounded to 10 bits; bf16: networks in bfloat16, the rest in tf32"
-)
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """--help with the docstring as it is and the default after each option that has one."""
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, argparse.SUPPRESS, False) or "default" in action.help
+        return action.help if silent else action.help + " (default: %(default)s)"
 
 
-def add_run_options(parser, precisions=("fp32", "tf32", "bf16"), precision_help=PRECISION_HELP):
-    """The options of how a stage runs, which are the same in all; of them, only --precision counts for what
-    it makes (see recipe)."""
-    run = parser.add_argument_group("how to run")
-    run.add_argument("--device", type=device, default=best_device(), help="where to run")
-    run.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
-    run.add_argument("--precision", choices=precisions, default="fp32", help=precision_help)
-    same = "on a GPU, too, the same command makes the same files, bit for bit; slower"
-    run.add_argument("--deterministic", action="store_true", help=same)
-    often = "a checkpoint, from which the same command goes on, is written so often; 0: after every step"
-    run.add_argument("--checkpoint_minutes", type=at_least(0, float, 1e6), default=5.0, help=often)
-    anew = "begin anew in spite of a checkpoint, each time it is given; what is finished stays"
-    run.add_argument("--restart", action="store_true", help=anew)
+def at_least(low, kind=int, high=2**31 - 1):
+    """The type of a numeric option: a number of this kind from low to high."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        whole = "whole " if kind is int else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low} to {high}")
+
+    return parse
+
+
+positive, natural, number = at_least(1), at_least(0), at_least(0, float, 1e30)
+
+
+def recipe(args, leave_out=()):
+    """Those of a stage's options that its result depends on, {name: value}; the others may differ.
+
+    Of imagefolder:DIR the folder is left out: images are known by their images_id, wherever they are.
+    """
+    free = {"data_dir", "out_dir", "name", "device", "threads", "compile", "num_experts",
+            "first_expert", "checkpoint_minutes", "restart", *leave_out}
+    made = {name: value for name, value in vars(args).items() if name not in free}
+    return {**made, "dataset": args.dataset.partition(":")[0]}
+
+
+# ---- Devices and processes ---------------------------------------------------------------------------------
 
 
 def set_up(args):
-    """What every stage does first: threads and precision, and joining the other processes of torchrun."""
+    """What every stage does first: device, threads, precision, and meeting torchrun's other processes."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    args.device = args.device or best
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # each process its own
+    cuda = args.device.startswith("cuda")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:  # torch raises many kinds
+        reason = str(error).strip().splitlines()[0]
+        raise Problem(f"--device {args.device}: does not work here ({reason}); choose cpu") from None
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     if world_size() > 1 and not torch.distributed.is_initialized():
-        if args.device not in ("cpu", f"cuda:{os.environ.get('LOCAL_RANK')}"):
-            fail(f"--device {args.device}: each process wants a device of its own; give cuda, or cpu")
+        if cuda:
+            torch.cuda.set_device(args.device)
         forever = datetime.timedelta(days=30)  # a process that is done waits for the slowest
-        try:
-            if args.device == "cpu":
-                torch.distributed.init_process_group("gloo", timeout=forever)
-            else:
-                torch.cuda.set_device(args.device)
-                own = torch.device(args.device)
-                torch.distributed.init_process_group("nccl", timeout=forever, device_id=own)
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            fail(
-                f"WORLD_SIZE={world_size()}: the processes do not meet ({reason}); use torchrun, or unset it"
-            )
-        if rank() > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first process speaks for all
-
-
-def autocast(function, device, precision):
-    """The function, a network, in this precision: "bf16" by autocast, with float32 outputs; else as it is."""
-    if precision != "bf16":
-        return function
-
-    def rounded(x):
-        with torch.autocast(device.type, torch.bfloat16):
-            return function(x).float()
-
-    return rounded
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=forever)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first process speaks for all
 
 
 def rank():
     """This process's number among those that torchrun started, from 0."""
-    text = os.environ.get("RANK", "0")
-    return int(text) if text.isdigit() else 0
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size():
-    """How many processes torchrun started; 1 without it. Exits if the environment says nonsense."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdigit() or int(text) <= rank():
-        fail(f"WORLD_SIZE={text}, RANK={os.environ.get('RANK')}: make no sense; use torchrun, or unset them")
-    return int(text)
-
-
-@contextlib.contextmanager
-def own_work():
-    """Within, a process does what no other does, and says its errors at once."""
-    global _own_work
-    _own_work = True
-    try:
-        yield
-    finally:
-        _own_work = False
-
-
-def of_first():
-    """For a line of progress, which is of the first process's own work."""
-    return f"first of {world_size()} processes: " if world_size() > 1 else ""
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def wait_for_all():
@@ -989,16 +830,53 @@ def wait_for_all():
         torch.distributed.barrier()
 
 
-def average(*tensors):
-    """Replace each of the tensors by its mean over the processes."""
+def add_up(*tensors):
+    """Replace each of the tensors by its sum over the processes."""
     for tensor in tensors if world_size() > 1 else ():
         torch.distributed.all_reduce(tensor)
-        tensor /= world_size()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files and logs
-# ------------------------------------------------------------------------------------------------------------
+def in_precision(f, precision):
+    """f, a network: for "bf16" by autocast, with float32 outputs; else as it is."""
+
+    def rounded(x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return f(x).float()
+
+    return rounded if precision == "bf16" else f
+
+
+def compiled(function):
+    """torch.compile(function) for the few shapes that it sees; raises Problem in its first call."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA on a CPU
+    warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)  # of torch itself
+    fast = torch.compile(function, dynamic=False)
+
+    def call(*args):
+        try:
+            return fast(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise Problem(f"--compile: needs a C++ compiler ({reason}); give --no-compile") from None
+
+    return call
+
+
+def place(tensor, device):
+    """The tensor on the device if it takes less than a third of its free memory; else on the host."""
+    large = str(device).startswith("cuda") and tensor.nbytes > torch.cuda.mem_get_info(device)[0] / 3
+    return tensor if large else tensor.to(device)
+
+
+def fetch(tensor, rows, device):
+    """tensor[rows] on the device; rows: an index tensor or a slice."""
+    part = tensor[rows.to(tensor.device) if torch.is_tensor(rows) else rows]
+    if part.device.type == "cpu" and str(device).startswith("cuda"):
+        return part.pin_memory().to(device, non_blocking=True)  # while the device still computes
+    return part.to(device)
+
+
+# ---- Files, log, checkpoint --------------------------------------------------------------------------------
 
 
 def fingerprint(*tensors):
@@ -1011,106 +889,81 @@ def fingerprint(*tensors):
     return digest.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def replacing(path, otherwise="make room there, or choose another --out_dir"):
-    """Yields the path of a temporary file that takes the place of path in the end, whole or not at all.
+def images_id(images):
+    """The fingerprint of images (N, C, H, W), from at most some 1,000 of them and their number."""
+    return fingerprint(torch.tensor(len(images)), images[:: max(1, len(images) // 1000)])
 
-    Exits where it cannot be written, and path is as it was; otherwise: what to do then.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")  # a killed run may have left it
+
+@contextlib.contextmanager
+def writing(path):
+    """Within, an error of the disk is a Problem that names path, whose folder is made if need be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # it might be a link to another file
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or a machine that loses its power may be left with an empty file
-        os.replace(temporary, path)
+        yield
     except OSError as error:
-        fail(f"{path}: cannot be written ({error.strerror or error}); {otherwise}", Fatal)
-    finally:
+        raise Problem(f"{path}: cannot be written ({error.strerror or error}); make room there, or choose "
+                      "another --out_dir or --data_dir") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary path, whose file takes the place of path in the end: whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with writing(path), contextlib.ExitStack() as stack:
+        temporary.unlink(missing_ok=True)  # a killed run may have left it
+        stack.callback(temporary.unlink, missing_ok=True)
+        yield temporary
+        if temporary.exists():
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # or a machine that loses its power may be left with an empty file
+            os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder):
+    """Processes pass here one after another; not where the folder is read-only, with all in it."""
+    with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".lock", "a"))
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
 
 
 def append(path, record):
-    """Add a JSON record to a file, as a line of its own, or nothing: exits if there is no room for it."""
-    path = Path(path)
-    line = json.dumps(record, default=str) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab+", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
-            if file.read(1) not in (b"", b"\n"):
-                line = "\n" + line  # the last line was not written to its end
-            if file.write(line.encode()) < len(line.encode()):
-                file.truncate(size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        fail(f"{path}: cannot be written ({error.strerror}); make room, or choose another --out_dir", Fatal)
+    """Add a JSON record to a file as a line of its own, whole or not at all."""
+    line = json.dumps(record, default=str).encode() + b"\n"
+    with writing(path), open(path, "ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        line = line if file.read(1) in (b"", b"\n") else b"\n" + line  # behind the half line of a killed run
+        if file.write(line) < len(line):
+            file.truncate(size)
+            raise OSError("no space is left")
 
 
 def read_records(path):
-    """The lines of a .jsonl file, [(bytes before it, record)]; the record is None where a line is broken."""
-    records, place = [], 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        records.append((place, record if isinstance(record, dict) else None))
-        place += len(line)
-    return records
+    """The records of a .jsonl file, a dict a line; a line that is broken (a run was killed) is left out."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
-_claimed = None
-
-
-def claim(out_dir, path):
-    """Whether path, of a run in out_dir, is this process's alone to make, until it claims another or ends.
-
-    On file systems without locks it always is.
-    """
-    global _claimed
-    try:
-        if _claimed:
-            _claimed.close()  # gives the last claim up
-        for folder in (Path(out_dir), Path(path).parent):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):  # not after hours of work
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        _claimed = open(Path(out_dir) / ".claims", "ab")  # noqa: SIM115  one file, a byte of it a path
-    except OSError as error:
-        fail(f"{out_dir}: cannot be written ({error.strerror}); choose another --out_dir")
-    try:
-        name = str(Path(path).relative_to(out_dir)).encode()
-        place = int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
-        if fcntl:
-            fcntl.lockf(_claimed, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    return True
-
-
-def save(path, contents, then=None):
-    """Write a dict of tensors and plain Python to path, whole or not at all; adds the torch version.
-
-    The same contents make the same file, bit for bit. then() is called when all is written, just before the
-    file takes its place.
-    """
+def save(path, contents):
+    """Write a dict of tensors and plain Python to path, whole or not at all; same contents, same bytes."""
     with replacing(path) as temporary:
         try:
             with open(temporary, "wb") as file:  # torch would write the name of a path into the file
-                torch.save({**contents, "torch_version": str(torch.__version__)}, file)
+                torch.save(contents, file)
         except RuntimeError as error:  # how torch may say that the disk is full
-            raise OSError(errno.ENOSPC, f"{str(error).splitlines()[0]}: is the disk full?") from None
-        if then:
-            then()
+            raise OSError(str(error).splitlines()[0]) from None
 
 
 def load(path, keys, made_by, mmap=False):
-    """Read what save wrote, with weights_only=True: a file cannot run code. Exits if it is not such a file.
+    """Read what save wrote, with weights_only=True: a file cannot run code; Problem if it is no such file.
 
     Args:
         keys: what it must have, {key: kind}; kind is the number of dimensions of a float32 tensor of finite
@@ -1118,547 +971,248 @@ def load(path, keys, made_by, mmap=False):
         made_by: the command to name when the file is missing or of another kind.
         mmap: leave the tensors on disk until they are read.
     """
-    again = f"move it away and make it again with {made_by}"
-    if not Path(path).is_file():
-        found = "is not a file" if Path(path).exists() else "not found"
-        fail(f"{path}: {found}; make it with {made_by}")
+    path = Path(path)
+    if not path.is_file():
+        raise Problem(f"{path}: {'is not a file' if path.exists() else 'not found'}; make it with {made_by}")
     try:
-        whole = zipfile.is_zipfile(path)
-        with zipfile.ZipFile(path) if whole else contextlib.nullcontext() as archive:
-            damaged = archive.testzip() if whole else None  # torch itself does not look at the checksums
-        if damaged:
-            raise ValueError(f"its part {damaged} is damaged")
-        if mmap and not whole:  # else it may be of an old version of torch
-            raise ValueError
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is refused anyway
-            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        ids = [contents.get(name, "") for name in ("images_id", "targets_id")]
-        options = contents.get("options", {})
-        plain = json.dumps([options, ids]) and all(isinstance(name, str) for name in ids)
-        if not plain or not all(isinstance(made, dict) for made in options.values()):
-            raise TypeError
-    except (AttributeError, TypeError):
-        fail(f"{path}: is another kind of file; {again}")
-    except pickle.UnpicklingError:
-        fail(f"{path}: is damaged, or holds more than tensors and plain values: code, maybe; {again}")
-    except Exception as error:  # torch raises many kinds for a broken file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-        reason = reason if whole else "it was cut off, or is of another kind"
-        fail(f"{path}: is not a .pt file that can be read ({reason}); {again}")
-    for key, kind in keys.items():
-        if key not in contents:
-            fail(f"{path}: has no {key!r}, so it is another kind of file; {again}")
-        value = contents[key]
-        if kind is float:
-            if not isinstance(value, (int, float)) or not 0 < value < 1e30:
-                fail(f"{path}: {key!r} is {value}, not a number above 0; {again}")
-        elif kind is not None:
-            plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
-            if not plain or value.dtype != torch.float32 or value.ndim != kind:
-                fail(f"{path}: {key!r} is not a float32 tensor of {kind} dimensions; {again}")
-            if not all(part.isfinite().all() for part in value.split(10_000)):
-                fail(f"{path}: {key!r} holds numbers that are not finite; {again}")
-            contents[key] = value.detach()
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("it is damaged")  # torch itself does not look at the checksums
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        json.dumps({name: {**made} for name, made in contents.get("options", {}).items()})  # plain values
+        for key, kind in keys.items():
+            value = contents[key]
+            if kind is float and not (type(value) in (int, float) and 0 < value < 1e30):
+                raise ValueError(f"its {key!r} is {value!r:.50}, not a number above 0")
+            if type(kind) is int and (value.dtype, value.ndim) != (torch.float32, kind):
+                raise ValueError(f"its {key!r} is not a float32 tensor of {kind} dimensions")
+            if type(kind) is int and not all(part.isfinite().all() for part in value.split(10_000)):
+                raise ValueError(f"its {key!r} holds numbers that are not finite")
+    except Exception as error:  # torch raises many kinds
+        reason = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
+        if type(error) not in (KeyError, ValueError):
+            reason = "it is damaged, or holds other things than tensors and plain values"
+        raise Problem(f"{path}: {reason}; move it away, and make it again with {made_by}") from None
     return contents
 
 
-def load_targets(out_dir, dataset, data_dir, image_size=None, limit=None, objective="kd"):
-    """The targets of a run with the training images that they belong to, for the stages after the teacher.
+def load_targets(args, objective="kd"):
+    """The training images of a run and the targets that belong to them, for the stages after the teacher.
 
     Returns (train ImageSet, targets (N, D) float32, made): made is what the next file carries of its origin,
-    {options of the earlier stages, images_id, targets_id}. The targets stay on disk until they are read.
-    Exits if targets and images do not belong together. A fork's targets.pt needs no more than {targets}. It
-    is not read for two kinds of objectives: the targets of "supervised" are the labels, one-hot, and SSL has
-    none, (N, 0).
+    {options of the earlier stages, images_id, targets_id}. The targets stay on disk until they are read. A
+    fork's targets.pt needs no more than {targets}. It is not read for two kinds of objectives: the targets of
+    "supervised" are the labels, one-hot, and SSL has none, (N, 0). Raises Problem if images and targets do
+    not belong together.
     """
-    if objective == "supervised" or objective in SSL:
-        train = load_images(dataset, "train", data_dir, image_size, limit)
-        num_classes = int(train.labels.max()) + 1
-        if objective == "supervised" and num_classes < 2:
-            fail(f"--objective supervised: {dataset} has one class, so no labels to learn; choose another")
-        one_hot = F.one_hot(train.labels, num_classes).float()
-        targets = one_hot if objective == "supervised" else one_hot[:, :0]
-        here = images_id(train.images)
-        targets_id = fingerprint(targets, *here.encode())
-        return train, targets, {"options": {}, "images_id": here, "targets_id": targets_id}
-    path = Path(out_dir) / "targets.pt"
-    made_by = f"train_teacher.py --dataset {dataset} --out_dir {out_dir}"
-    contents = load(path, {"targets": 2}, made_by, mmap=True)
-    targets = contents["targets"]
-    train = load_images(dataset, "train", data_dir, image_size, limit)
-    n, px, here = len(train.images), train.images.shape[-1], images_id(train.images)
-    if len(targets) != n:
-        fail(
-            f"{path}: has {len(targets)} targets, but --dataset {dataset} has {n} training images; give the "
-            "--dataset, --data_dir and --limit that they were made with, or another --out_dir"
-        )
-    if contents.get("images_id", here) != here:
-        fail(
-            f"{path}: was made from other images than --dataset {dataset} at {px} px; give the --dataset, "
-            "--data_dir and --image_size that it was made with, or another --out_dir"
-        )
+    contents, path = {}, args.out_dir / "targets.pt"
+    if objective not in SSL and objective != "supervised":  # before images, which may take minutes to decode
+        made_by = f"train_teacher.py --dataset {args.dataset} --out_dir {args.out_dir}"
+        contents = load(path, {"targets": 2}, made_by, mmap=True)
+    train = load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
+    n, here = len(train.images), images_id(train.images)
+    targets = contents.get("targets", torch.zeros(n, 0))
+    if objective == "supervised":
+        if train.labels is None or train.labels.max() == 0:
+            raise Problem(f"--objective supervised: {args.dataset} has no labels to learn; choose another")
+        targets = F.one_hot(train.labels).float()
+    if len(targets) != n or contents.get("images_id", here) != here:
+        raise Problem(f"{path}: has {len(targets)} targets, of other images than the {n} of {args.dataset} at"
+                      f" {train.images.shape[-1]} px; give the --dataset, --data_dir, --image_size and "
+                      "--limit that it was made with, or another --out_dir")
     made = {"options": contents.get("options", {}), "images_id": here, "targets_id": fingerprint(targets)}
     return train, targets, made
 
 
-ADDED = dict(  # what files from before these options were made with
-    centre=False, ema=0.0, sam=0.0, log_lr=False, distance="elements", stored_size=None
-)  # fmt: skip
+def check_same(path, contents, stage, now, advice="move it away, or choose another --out_dir"):
+    """Raises Problem if a file's contents were made by a stage with other options or ids than now has.
 
-
-def with_added(options):
-    """A file's options, {stage: {option: value}}, with ADDED where it is older than these."""
-    filled = {}
-    for stage, made in options.items():
-        decay = 1e-3 if made.get("method") == "krr_st" else 1.0
-        filled[stage] = {**ADDED, "decay": decay, **made} if made else {}
-    return filled
-
-
-def differing(options, others):
-    """The first option in which two differ: (its name, the one value, the other), or None.
-
-    Both are {stage: {option: value}}; what one of them does not name is no difference.
+    now: {option or id: value}. What one does not name is no difference: a fork's file may say nothing.
     """
-    for stage, made in options.items():
-        other = others.get(stage, {})
-        for name, value in made.items():
-            if name in other and other[name] != value:
-                return name, value, other[name]
-    return None
+    then = {**contents, **contents.get("options", {}).get(stage, {})}
+    for name in (name for name in now if name in then):
+        if then[name] != now[name] and name.endswith("_id"):
+            raise Problem(f"{path}: was made from other {name[:-3]} than those there now; {advice}")
+        if then[name] != now[name]:
+            raise Problem(f"{path}: was made with --{name} {then[name]}, now --{name} {now[name]}; {advice}")
 
 
-def is_done(path, stage, options, keys, made=()):
-    """Whether path is there, made by these options of the stage and from load_targets' made; exits if not so.
+def is_done(path, stage, now, keys):
+    """Whether path is there, with these keys (see load), made with what now says (see check_same).
 
     A file that exists is a piece of work done: so a stage that is started again goes on where it stopped.
     """
-    if not Path(path).exists():
-        return False
-    contents = load(path, keys, f"{stage}.py", mmap=True)
-    differ = differing({stage: options}, with_added(contents.get("options", {})))
-    if differ:
-        name, now, then = differ
-        fail(
-            f"{path}: exists, made with --{name} {then}, now --{name} {now}; move it away, or choose another "
-            "--out_dir"
-        )
-    check_origin(path, contents, made)
-    return True
-
-
-def check_origin(path, contents, made):
-    """Exits if a file's contents are of other targets or images than the run's; a fork's file may not say."""
-    for name, what in {"targets_id": "targets than those in targets.pt", "images_id": "images"}.items():
-        if name in made and contents.get(name, made[name]) != made[name]:
-            fail(f"{path}: was made from other {what} now; move one of them away")
-
-
-def run_name(dataset):
-    """The default folder's name of a run on a data set: "cifar10", or the last part of "imagefolder:DIR"."""
-    key, _, folder = dataset.partition(":")
-    return Path(folder).resolve().name if folder else key
-
-
-def recipe(options):
-    """Those of a stage's options that its result depends on; the others may differ from run to run.
-
-    Of "imagefolder:DIR" the folder is left out: images are known by their images_id, wherever they are. Of
-    --recipe, too: the options that it stands for are among the others.
-    """
-    free = ["data_dir", "out_dir", "name", "recipe", "device", "threads", "compile", "micro_batch"]
-    free += ["num_experts", "first_expert", "deterministic", "checkpoint_minutes", "restart"]
-    made = {name: value for name, value in options.items() if name not in free}
-    return {**made, "dataset": made["dataset"].partition(":")[0]}
-
-
-def keep_memory():
-    """Keep the memory of large tensors that are freed for the next ones, instead of handing it back.
-
-    glibc gives large blocks back to the system at once, and page by page they are asked for again: on the
-    CPU that can be more than half of a student's step (tests/benchmark.py). Elsewhere it does nothing.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap, too
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink it
-    except (OSError, TypeError, AttributeError):
-        pass  # another C library
-
-
-def compiled(function):
-    """torch.compile(function) for the few shapes that it sees; exits in its first call if that fails."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA on a CPU
-    warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)  # of torch itself
-    fast = torch.compile(function, dynamic=False)
-
-    def call(*args):
-        try:
-            return fast(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            fail(f"--compile does not work here ({reason}); it needs a C++ compiler; give --no-compile")
-
-    return call
-
-
-# A stage that is stopped goes on from its checkpoint when the same command is given again.
-
-
-def versions():
-    """What the results may depend on: {python, torch, ...: version, commit: of these scripts, or None}."""
-    packages = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
-    packages |= {"numpy": np.__version__, "scikit-learn": importlib.metadata.version("scikit-learn")}
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-        commit = done.stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    return {"commit": commit, "python": platform.python_version(), **packages}
+    if path.exists():
+        check_same(path, load(path, keys, f"{stage}.py", mmap=True), stage, now)
+    return path.exists()
 
 
 class Log:
-    """OUT_DIR/STAGE.jsonl, a JSON record a line; the first record of each start says how it was made.
+    """OUT/NAME.jsonl, a JSON record a line; a run that has its log open keeps others off its files.
 
-    Args:
-        args: the options of the stage.
-        ids: what else the results depend on: {images_id, targets_id, ...}, plain values.
-        options: those that the results depend on, if they are not recipe's.
+    The first record of each start says how it was made: command, options, commit, versions, and the step at
+    which it goes on.
     """
 
-    def __init__(self, out_dir, stage, args, ids, options=None):
-        self.path, self.args = Path(out_dir) / f"{stage}.jsonl", args
-        # What tells this run from others; as it is read again from a file.
-        self.run = json.loads(json.dumps({**(options or recipe(vars(args))), **ids}, default=str))
-        self.begun, self.stale = False, None
+    def __init__(self, path, args):
+        self.path, self.args = path, args
+        if rank() == 0:
+            with writing(path):
+                self.file = open(path, "ab")  # and so locked, until the run ends
+            try:
+                if fcntl:
+                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Problem(f"{path}: another run is at work; wait, or choose another --out_dir") from None
+            except OSError:
+                pass  # a file system without locks
 
-    def begin(self, resumed=None):
-        """Write the record of a start, of several processes the first; resumed: {epoch: ...} of a checkpoint.
+    def begin(self, step=0):
+        """Write the record of a start."""
+        from importlib.metadata import version
 
-        Later calls do nothing.
-        """
-        if self.begun or rank() > 0:
-            return
-        self.begun = True
-        launcher = ["torchrun", f"--nproc_per_node={world_size()}"] if world_size() > 1 else ["python"]
-        where = self.args.device
-        self.write(
-            command=shlex.join([*launcher, *sys.argv]),
-            options=vars(self.args),
-            run=self.run,
-            resumed=resumed or {},
-            time=time.strftime("%Y-%m-%d %H:%M:%S"),
-            **versions(),
-            device=torch.cuda.get_device_name(where) if where.startswith("cuda") else where,
-            threads=torch.get_num_threads(),
-            processes=world_size(),
-        )
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+        commit = None
+        with contextlib.suppress(OSError):  # no git
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        packages = {name: version(name) for name in ("torch", "torchvision", "numpy", "scikit-learn")}
+        self.write(command=sys.argv, options=vars(self.args), step=step, commit=commit, **packages,
+                   python=sys.version.split()[0], time=time.strftime("%Y-%m-%d %H:%M:%S"),
+                   device=self.args.device, threads=torch.get_num_threads(), processes=world_size())
 
     def write(self, **record):
-        self.begin()
-        append(self.path, record)
-
-    def earlier(self):
-        """(records of this run, place where it begins, or None if the log ends in another run)."""
-        records, begins, own = [], None, False
-        for place, record in read_records(self.path):
-            if record and "options" in record:
-                own = record.get("run") == self.run
-                begins = (place if begins is None else begins) if own else None
-            elif record and own:
-                records.append(record)
-        return records, begins
-
-    def cut(self, place, digest):
-        """Take away what came after a checkpoint; digest: of the log until there. Not if it has changed."""
-        data = self.path.read_bytes() if self.path.is_file() else b""
-        if hashlib.sha256(data[:place]).hexdigest() != digest:
-            print(f"warning: {self.path} has changed since the checkpoint: nothing is cut off it", flush=True)
-        elif place < len(data):
-            os.truncate(self.path, place)
-
-    def of_this_start(self):
-        """The bytes of the log without what earlier starts of the same run have written, if it is stale."""
-        data, (begins, ends) = self.path.read_bytes(), self.stale or (0, 0)
-        return data[:begins] + data[ends:]
-
-    def replace_earlier(self):
-        """Take that away, when the present start has its first checkpoint."""
-        if self.stale:
-            data = self.of_this_start()
-            with replacing(self.path) as temporary:
-                temporary.write_bytes(data)
-            self.stale = None
-
-    def has(self, **values):
-        """Whether a start of the same run has written a record with these values."""
-        values = json.loads(json.dumps(values, default=str))
-        return any(all(r.get(name) == v for name, v in values.items()) for r in self.earlier()[0])
-
-
-_checkpoint = None  # the one that ticks: a signal then waits for the end of the step
-_signal, _signal_at = None, 0.0  # the number of the signal that came, and when
+        if rank() == 0:
+            append(self.path, record)
 
 
 class Checkpoint:
-    """A file with the state of a stage that is under way, from which the same command goes on, bit for bit.
+    """The state of a run under way, in a file; the same command goes on from it, bit for bit.
 
     Args:
-        path: of the file; it is replaced as a whole, and taken away by remove when the results are written.
+        path: of the file, which is replaced as a whole, and removed when the result is written.
         args: the stage's, with checkpoint_minutes and restart.
-        log: the stage's. It begins here, cut back to the checkpoint; if there is none, what earlier starts of
-            the run have written goes when the first is written. With own it stays, for others write it, too.
-        diverged: what to say, with advice, of a state that is not finite.
-        at: where a beginning is, {epoch: 0, ...}: numbers and tensors.
-        own: the work is this process's own; else the first of several processes writes for all.
-        parts: what is restored, each a module, an optimizer, a schedule, a generator or a list of such, or a
-            tensor, which is filled in place. The generators of torch itself are always among them.
+        now: what the state depends on, {option or id: value}.
+        log: the run's Log, which begins here, cut back to where the file was written; None: the work is this
+            process's own. Else the first of several processes writes for all.
+        parts: whatever has a state_dict (modules, optimizers), and tensors, which are filled in place.
 
-    After it, at is as given, or what it was when the file was written. Exits if the file is of another run
-    than the log (other options or ids), unless --restart is given.
+    After it, step says how many steps are done. What is drawn at random follows from seed and step. Raises
+    Problem if the file is of a run with other options, unless --restart is given.
     """
 
-    def __init__(self, path, args, log, diverged, at, own=False, **parts):
-        self.path, self.log, self.diverged, self.at = Path(path), log, diverged, at
-        self.parts = {**parts, "torch": torch.default_generator}
-        self.writes, self.minutes = own or rank() == 0, args.checkpoint_minutes
-        self.anew, self.own = args.restart, own
-        self.resumed = self.path.exists() and not self.anew
-        if self.resumed:
-            contents = read_checkpoint(self.path, log.run)
+    under_way = None  # the one that ticks: a signal then waits for the end of the step
+
+    def __init__(self, path, args, now, log=None, **parts):
+        self.path, self.now, self.log, self.parts = path, now, log, parts
+        self.step, self.saved, self.minutes = 0, time.monotonic(), args.checkpoint_minutes
+        self.writes = log is None or rank() == 0
+        if path.exists() and not args.restart:
+            state = load(path, dict.fromkeys(("step", "log_size", *parts)), "--restart")
+            check_same(path, state, "now", now, "give what it was begun with, or begin anew with --restart")
             try:
-                for name, value in at.items():
-                    if _kind(contents["at"][name]) != _kind(value):
-                        raise ValueError(f"{name} is {contents['at'][name]!r}")
-                for name, part in self.parts.items():
-                    _restore(part, contents["parts"][name])
-                for i, state in enumerate(contents["cuda"][: torch.cuda.device_count()]):
-                    torch.cuda.set_rng_state(state, i)
-                self.at = contents["at"]
-            except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-                reason = " ".join(str(error).split())[:160]
-                fail(f"{self.path}: does not fit ({reason}); begin anew with --restart", Fatal)
-        if not own:
-            wait_for_all()  # before the first writes the next
-        numbers = {name: value for name, value in self.at.items() if type(value) is int}
-        if self.resumed:
-            text = ", ".join(f"{name} {value}" for name, value in numbers.items())
-            print(f"going on from {self.path}: {text}", flush=True)
-        if not own and rank() == 0 and self.resumed:
-            log.cut(*contents["log"])
-        elif not own and rank() == 0:
-            begins, ends = log.earlier()[1], log.path.stat().st_size if log.path.exists() else 0
-            log.stale = None if begins is None else (begins, ends)
-        log.begin(numbers if self.resumed else None)
-        self.saved = time.monotonic()
+                for name, part in parts.items():
+                    part.copy_(state[name]) if torch.is_tensor(part) else part.load_state_dict(state[name])
+                self.step = int(state["step"])
+                if log and self.writes and log.path.stat().st_size > state["log_size"]:
+                    os.truncate(log.path, state["log_size"])  # what came after it will be written again
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+                raise Problem(f"{path}: does not fit this run; begin anew with --restart") from None
+            print(f"going on from {path}, step {self.step}", flush=True)
+        if log:
+            log.begin(self.step)
+            wait_for_all()  # the first process may write the next file when all have read this one
 
-    def tick(self, last=False, **at):
-        """To be called after each step, with what has changed of at; saves if it is time.
-
-        Where a signal came in the meantime, it saves and exits. last: no step follows.
-        """
-        global _checkpoint
-        self.at.update(at)
-        stop = _signal is not None and self.writes
-        if self.writes and (last or stop or time.monotonic() - self.saved >= 60 * self.minutes):
-            self.save()
-        _checkpoint = None if last else self
-        if stop:
-            command = "the same command without --restart" if self.anew else "the same command"
-            _stop(f"{command} goes on from {self.path}")
-
-    def save(self):
-        """Write the file; exits if a number of the state is not finite, and the one before it stays."""
-        data = b"" if self.own else self.log.of_this_start()
-        contents = {
-            "parts": {name: _state(part) for name, part in self.parts.items()},
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-            "at": self.at,
-            "log": [len(data), hashlib.sha256(data).hexdigest()],
-            "run": self.log.run,
-        }
-        if not _finite(contents):
-            fail(f"{self.diverged}; {self.kept()}")
-        save(self.path, {**contents, "seal": _seal(contents)}, then=self.log.replace_earlier)
-        self.saved = time.monotonic()
+    def tick(self, step, last=False):
+        """To be called after each step, with the number of those done; saves if it is time."""
+        Checkpoint.under_way = None if last else self
+        if self.writes and (last or stop.signal or time.monotonic() - self.saved >= 60 * self.minutes):
+            state = {k: p if torch.is_tensor(p) else p.state_dict() for k, p in self.parts.items()}
+            leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(state) if torch.is_tensor(leaf)]
+            if not all(leaf.isfinite().all() for leaf in leaves):
+                raise Problem(f"the run diverged at step {step}: choose a smaller --lr; {self.kept()}")
+            log_size = self.log.path.stat().st_size if self.log else 0
+            save(self.path, {**state, "step": step, "log_size": log_size, "options": {"now": self.now}})
+            self.saved = time.monotonic()
+        if stop.signal:
+            stop(stop.signal)
 
     def kept(self):
         """A clause that says what is there after an error."""
         return f"{self.path} holds the last good state" if self.path.exists() else "no checkpoint was due yet"
 
     def remove(self):
-        """Take the file away, when the results are there; not while others may still read it."""
+        """To be called when the result is written."""
         if self.writes:
             self.path.unlink(missing_ok=True)
 
 
-def read_checkpoint(path, run):
-    """The contents of a checkpoint; exits if its run, {option or id: value}, is another."""
-    names = ("parts", "cuda", "at", "log", "run")
-    contents = load(path, dict.fromkeys((*names, "seal")), "--restart")
-    then = contents["run"] if isinstance(contents["run"], dict) else {}
-    for name in {**then, **run}:
-        if then.get(name) != run.get(name):
-            fail(
-                f"{path}: was begun with --{name} {then.get(name)}, now --{name} {run.get(name)}; give what "
-                "it was begun with, or begin anew with --restart"
-            )
-    if not _finite(contents) or contents["seal"] != _seal({name: contents[name] for name in names}):
-        fail(f"{path}: was changed after it was written; begin anew with --restart")
-    return contents
-
-
-def _seal(state, digest=None):
-    """A digest of nested dicts and lists of tensors and plain values; what was changed does not go on."""
-    seal = digest or hashlib.sha256()
-    if isinstance(state, torch.Tensor):
-        seal.update(f"{state.dtype} {tuple(state.shape)}".encode())
-        seal.update(state.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    elif isinstance(state, dict):
-        for name, value in state.items():
-            seal.update(repr(name).encode())
-            _seal(value, seal)
-    elif isinstance(state, (list, tuple)):
-        seal.update(f"{type(state)} {len(state)}".encode())
-        for value in state:
-            _seal(value, seal)
-    else:
-        seal.update(repr(state).encode())
-    return seal.hexdigest()
-
-
-def _kind(value):
-    return (type(value), *((value.shape, value.dtype) if isinstance(value, torch.Tensor) else ()))
-
-
-def _state(part):
-    if isinstance(part, list):
-        return [_state(p) for p in part]
-    if isinstance(part, torch.Tensor):
-        return part.detach()
-    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
-
-
-def _restore(part, state):
-    if isinstance(part, list):
-        for p, s in zip(part, state, strict=True):
-            _restore(p, s)
-    elif isinstance(part, torch.Tensor):
-        if part.shape != state.shape:
-            raise ValueError(f"{tuple(state.shape)} where {tuple(part.shape)} should be")
-        part.data.copy_(state)
-    elif isinstance(part, torch.Generator):
-        if len(state) == len(part.get_state()):
-            part.set_state(state)
-        else:  # that of another kind of device
-            part.manual_seed(int(state.sum()))
-    else:
-        part.load_state_dict(state)
-
-
-def _finite(state):
-    if isinstance(state, torch.Tensor):
-        real = state.layout == torch.strided and not state.is_meta
-        return real and bool(state.isfinite().all())
-    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else []
-    return all(_finite(part) for part in parts)
-
-
-def first_not_finite(losses):
-    """The index of the first loss of losses (n,) that is not finite; None if all are."""
-    bad = (~losses.isfinite()).nonzero()
-    return bad[0].item() if len(bad) else None
-
-
-def _on_signal(number, frame):
-    """SIGTERM and Ctrl-C: the step under way is finished, for tick to save; a later Ctrl-C does not wait."""
-    global _signal, _signal_at
-    later = _signal is not None and number == signal.SIGINT and time.monotonic() - _signal_at > 1
-    if _signal is None:  # run_all.sh passes Ctrl-C on as SIGTERM
-        _signal, _signal_at = number, time.monotonic()
-    if _checkpoint is None or later:
-        _stop("give the same command again")
-
-
-def _stop(text):
-    """Exit as a signal demands, with a line on stderr, if there is still somebody to read it."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is sys.stderr and rank() == 0:
-                print(f"stopped by {signal.Signals(_signal).name}: {text}", file=stream)
-            stream.flush()
-        except (OSError, RuntimeError):  # what it was piped to was stopped, too; or it was in use just then
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    raise SystemExit(128 + _signal)
-
-
-def run(main, args, smaller="a smaller --batch_size or --width"):
-    """main(args), for the command line: what the machine refuses ends in one line too.
-
-    smaller: what to choose where there is not enough memory.
-    """
-    keep_memory()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _on_signal)
-    sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to stop
-    try:
-        main(args)
-        if world_size() > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        if world_size() > 1 and ("gloo" in text or isinstance(error, torch.distributed.DistError)):
-            fail(f"process {rank()}: another one ended; what it said, or torchrun's report, tells why")
-        if "deterministic implementation" in text:
-            fail(f"--deterministic: {text.split('.')[0]}; leave it out")
-        signs = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
-        if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
-            raise
-        where = "the device" if isinstance(error, torch.OutOfMemoryError) else "the machine"
-        kept = f"; {_checkpoint.kept()}" if _checkpoint else ""
-        fail(f"{where} is out of memory ({(text or 'MemoryError').splitlines()[0]}); choose {smaller}{kept}")
-    except OSError as error:
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
-
-
 class Progress:
-    """Says how far a stage is, in a line at most every `interval` seconds, and at its end.
+    """Says how far a loop is, in a line at most every five seconds and at its end."""
 
-    Args:
-        what: is counted: "epoch".
-        total: how many there will be.
-        size, unit: of one of them, for the speed: 50,000 "images".
-        before: how many an earlier start has done.
-    """
-
-    def __init__(self, what, total, size, unit, interval=5.0, before=0):
-        self.what, self.total, self.size, self.unit, self.interval = what, total, size, unit, interval
-        self.started = self.said = time.time()
-        self.before, self.then, self.ended = before, before, False
+    def __init__(self, what, total, before=0):
+        self.what, self.total, self.before = what, total, before  # before: done by an earlier start
+        self.started = self.said = time.monotonic()
 
     def __call__(self, done, **values):
-        """done of total, also between two: 3.4 epochs; values: what else to show, {name: text or number}.
+        """done: of total; values: what else to show, {name: number or text}."""
+        now = time.monotonic()
+        if stop.signal or (done < self.total and now - self.said < 5):
+            return  # after a signal, too: what it goes to may be gone
+        self.said, spent = now, now - self.started
+        values = {name: v.item() if torch.is_tensor(v) else v for name, v in values.items()}
+        texts = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in values.items()}
+        shown = "".join(f"{name.replace('_', ' ')} {text}, " for name, text in texts.items())
+        left = spent / max(done - self.before, 1) * (self.total - done)
+        print(f"{self.what} {done}/{self.total}: {shown}{spent:.0f} s, {left:.0f} s left", flush=True)
 
-        Returns whether it said something.
-        """
-        now = time.time()
-        if self.ended or _signal or (now - self.said < self.interval and done < self.total):
-            return False  # after a signal, too: what it goes to may be gone
-        self.ended = done >= self.total
-        if self.ended:  # the speed of the whole; before, that of the last seconds
-            self.then, self.said = self.before, self.started
-        rate = (done - self.then) / max(now - self.said, 1e-9)
-        speed, left = rate * self.size, (self.total - done) / max(rate, 1e-9)
-        texts = {k: f"{v:.4f}" if isinstance(v, (float, torch.Tensor)) else v for k, v in values.items()}
-        shown = [f"{name.replace('_', ' ')} {text}" for name, text in texts.items()]
-        shown += [f"{speed:,.0f} {self.unit}/s" if speed >= 10 else f"{speed:.2g} {self.unit}/s"]
-        shown += [f"{now - self.started:.0f} s in all"] if self.ended else []
-        shown += (
-            [f"{left:.0f} s left" if left < 600 else f"{left / 60:.0f} min left"] if left and rate else []
-        )
-        at = f"{done:.1f}" if done != int(done) else f"{int(done)}"
-        print(f"{self.what} {at}/{self.total}: {', '.join(shown)}", flush=True)
-        self.said, self.then = now, done
-        return True
+
+def stop(number, frame=None):
+    """SIGTERM and Ctrl-C: the step under way is finished, for tick to save; a second signal does not wait."""
+    if Checkpoint.under_way and not stop.signal:
+        stop.signal = number
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # what it is piped to may be gone, or be in use just now
+        print(f"stopped by {signal.Signals(number).name}: the same command goes on", file=sys.stderr)
+    os._exit(128 + number)  # no traceback; all files are whole at any time
+
+
+stop.signal = None
+SMALLER = "out of memory: choose smaller batches or a smaller --width"
+OTHERS = "another process ended, or is not to be reached; what it said, or torchrun's report, tells why"
+HINTS = {  # a part of what a RuntimeError of torch says: what to do
+    "allocate memory": SMALLER, "out of memory": SMALLER, "gloo": OTHERS, "Connection": OTHERS,
+}
+
+
+def keep_memory():
+    """Large tensors that are freed are kept for the next ones, which is twice as fast on a CPU."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # other C libraries than glibc
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap, too
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink it
+
+
+def run(main, parse_args):
+    """main(parse_args()), for the command line: a Problem ends in one line on stderr and exit status 2."""
+    keep_memory()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to stop
+    try:
+        main(parse_args())
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        return
+    except Problem as error:
+        text = f"{error}"
+    except OSError as error:
+        text = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (RuntimeError, MemoryError) as error:
+        text = (f"{error}" or "out of memory").splitlines()[0]
+        hints = [hint for sign, hint in HINTS.items() if sign in text]
+        if not hints:
+            raise
+        kept = f"; {Checkpoint.under_way.kept()}" if Checkpoint.under_way else ""
+        text = f"{hints[0]} ({text}){kept}"
+    if rank() > 0:
+        time.sleep(30)  # what all processes find the first one says, and torchrun ends the others meanwhile
+    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    sys.exit(2)

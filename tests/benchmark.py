@@ -16,6 +16,7 @@ into results/benchmark.json, in place of earlier ones of the task on the device.
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -45,7 +46,7 @@ import evaluate  # noqa: E402
 import train_experts  # noqa: E402
 import train_teacher  # noqa: E402
 
-STATS = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([0.25, 0.25, 0.25])
+DATA = common.ImageSet(None, None, torch.full((3,), 0.5), torch.full((3,), 0.25))
 
 
 def unrolled_steps(loss_fn, theta, images, targets, lr, batches):
@@ -56,7 +57,7 @@ def unrolled_steps(loss_fn, theta, images, targets, lr, batches):
     return theta
 
 
-def iteration(side, device, micro_batch=None, precision="fp32"):
+def iteration(side, device, precision="fp32"):
     """One distillation iteration: N inner steps, the matching loss, its gradient in pixels and lr."""
     steps, batch = (40, 256) if device.startswith("cuda") else (10, 128)
     to = dict(device=device, dtype=torch.float64 if side == "exact" else torch.float32)
@@ -66,32 +67,25 @@ def iteration(side, device, micro_batch=None, precision="fp32"):
     net, theta = net.to(**to), theta.to(**to)
     images, targets = torch.randn(1000, 3, 32, 32).to(**to).requires_grad_(), torch.randn(1000, 512).to(**to)
     lr = torch.tensor(0.1, requires_grad=True, **to)
-    batches = distill.draw_batches(896, batch, steps, torch.Generator().manual_seed(0))  # whole ones alone
+    # 896 images are whole batches
+    batches = list(itertools.islice(common.shuffled(896, batch, 0), steps))
     batches = [b.to(device) for b in batches]
-
     memory_format = torch.channels_last if side == "ours" else torch.contiguous_format
 
-    objective = common.make_objective("kd", common.ImageSet(None, None, *STATS), precision)
-
     def loss_fn(theta, x, z, n):
-        return objective(lambda x: common.forward_flat(net, theta, x, memory_format), x, z)
+        f = common.in_precision(lambda x: common.forward_flat(net, theta, x, memory_format), precision)
+        return common.student_loss("kd", f, x, z, DATA)
 
     functions = distill.step_functions(loss_fn, compile=True) if side == "ours" else None
 
     def run():
         if side in ("ours", "exact"):
-            words = (loss_fn, theta, images, targets, lr, batches, 0.0, functions, micro_batch)
-            end = distill.student_steps(*words)
+            end = distill.student_steps(loss_fn, theta, images, targets, lr, batches, 0.0, functions)
         else:
             end = unrolled_steps(loss_fn, theta.clone().requires_grad_(), images, targets, lr, batches)
         return torch.autograd.grad(distill.matching_loss(end, theta, goal), (images, lr))
 
     return run
-
-
-def iteration_in_parts(side, device):
-    """The same with --micro_batch 64."""
-    return iteration(side, device, micro_batch=64)
 
 
 def iteration_in_bf16(side, device):
@@ -110,16 +104,12 @@ def experts(side, device):
     net = common.ConvNet(512).to(device)
     if side == "ours":
         args = train_experts.parse_args(["--epochs", "1", "--device", device])
-        loss_fn = common.make_objective("kd", common.ImageSet(images, None, *STATS))
-        images, targets, net = (
-            images.to(device),
-            targets.to(device),
-            net.to(memory_format=torch.channels_last),
-        )
+        images, targets = images.to(device), targets.to(device)
+        net = net.to(memory_format=torch.channels_last)
         forward = common.compiled(lambda x: net(x.contiguous(memory_format=torch.channels_last)))
         train_experts.example_losses = lambda *_: torch.zeros(1)  # in this process: the baseline has none
-        return lambda: train_experts.train_expert(net, loss_fn, images, targets, STATS, args, 0, forward)[0]
-    loader = DataLoader(TensorDataset(common.normalise(images, *STATS), targets), 256, shuffle=True)
+        return lambda: train_experts.train_expert(net, forward, DATA, images, targets, args, 0, Nothing)[0]
+    loader = DataLoader(TensorDataset(common.normalise(images, DATA), targets), 256, shuffle=True)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
 
     def run():
@@ -155,18 +145,13 @@ def teacher(side, device, precision="fp32", whole=None):
     images = torch.randint(0, 256, (2 * batch, 3, 32, 32), dtype=torch.uint8).to(device)
     encoder = common.ResNet().to(device, memory_format=torch.channels_last)
     if side == "ours" if whole is None else whole:
-
-        def run():
-            train_teacher.train(encoder, images, STATS, {}, args, Silent())
-            return []
-
-        return run
+        return lambda: train_teacher_on(encoder, images, args)
     projector = train_teacher.make_projector(args.ssl, 512, args.projection_dim)
     net = torch.nn.Sequential(encoder, projector).to(device).train()
 
     def step():
         for x in images.split(batch):
-            z1, z2 = (net(common.normalise(x, *STATS)) for _ in range(2))
+            z1, z2 = (net(common.normalise(x, DATA)) for _ in range(2))
             common.barlow_twins_loss(z1, z2, args.bt_lambda).backward()
         return []
 
@@ -178,11 +163,27 @@ def teacher_in_bf16(side, device):
     return teacher(side, device, "bf16" if side == "ours" else "fp32", whole=True)
 
 
-class Silent:
-    """In place of a stage's log."""
+class Nothing:
+    """In place of a stage's log, and of its Checkpoint."""
+
+    step = 0
+
+    def __init__(self, **parts):
+        pass
 
     def write(self, **record):
         pass
+
+    def tick(self, step, last=False):
+        pass
+
+
+def train_teacher_on(encoder, images, args):
+    """An epoch of the teacher's own loop, without log and checkpoint."""
+    checkpoint, common.Checkpoint = common.Checkpoint, lambda *words, **parts: Nothing()
+    train_teacher.train(encoder, DATA._replace(images=images), args, {}, Nothing(), None)
+    common.Checkpoint = checkpoint
+    return []
 
 
 def probe(side, device, n=2500):
@@ -210,7 +211,6 @@ def large_probe(side, device):
 
 TASKS = {  # name -> (function, whether both sides compute the same numbers)
     "iteration": (iteration, True),
-    "iteration_in_parts": (iteration_in_parts, True),
     "iteration_in_bf16": (iteration_in_bf16, True),
     "keep_memory": (keep_memory, True),
     "experts": (experts, False),
@@ -220,7 +220,7 @@ TASKS = {  # name -> (function, whether both sides compute the same numbers)
     "probe": (probe, True),
     "large_probe": (large_probe, True),
 }
-EXACT = ("iteration", "iteration_in_parts")  # compared with float64, too
+EXACT = ("iteration",)  # compared with float64, too
 OURS = ("iteration_in_bf16", "teacher", "teacher_in_bf16")  # ours on both sides, but for one thing
 
 
@@ -234,7 +234,7 @@ def random_images(n, px):
 
 
 def scale_load(device, N=20_000, mapped=False):
-    """Reading an image folder of N images of 64 px."""
+    """Reading an image folder of N images of 64 px; mapped: when another process has decoded it."""
     folder = Path(tempfile.mkdtemp())
     for split, count in (("train", N), ("test", 1)):
         (folder / split / "a").mkdir(parents=True)
@@ -246,8 +246,7 @@ def scale_load(device, N=20_000, mapped=False):
                 path.hardlink_to(folder / split / "a" / f"{i % 100}.jpg")
     name = f"imagefolder:{folder}"
     if mapped:
-        common.IN_MEMORY = 0
-        if os.fork() == 0:  # another process decodes them
+        if os.fork() == 0:
             common.load_images(name, "train", folder, 64)
             os._exit(0)
         os.wait()
@@ -259,19 +258,18 @@ def scale_teacher(device, N=500, px=32):
     words = ["--width", "16", "--batch_size", "100", "--epochs", "1", "--device", device]
     args, images = train_teacher.parse_args(words), random_images(N, px).to(device)
     encoder = common.ResNet(width=16).to(device, memory_format=torch.channels_last)
-    return lambda: train_teacher.train(encoder, images, STATS, {}, args, Silent())
+    return lambda: train_teacher_on(encoder, images, args)
 
 
 def scale_experts(device, N=1000, px=32, K=1):
     """An epoch of K experts (width 32, batch 256)."""
     args = train_experts.parse_args(["--epochs", "1", "--device", device])
     images, targets = random_images(N, px).to(device), torch.randn(N, 128).to(device)
-    loss_fn = common.make_objective("kd", common.ImageSet(images, None, *STATS))
 
     def run():
-        for seed in range(K):
+        for k in range(K):
             net = common.ConvNet(128, px, 3, 32, common.default_depth(px)).to(device)
-            train_experts.train_expert(net, loss_fn, images, targets, STATS, args, seed)
+            train_experts.train_expert(net, net, DATA, images, targets, args, k, Nothing)
 
     return run
 
@@ -285,7 +283,7 @@ def scale_distill(device, S=500, steps=10, px=32, batch=64):
         torch.randn(S, 3, px, px, device=device).requires_grad_(),
         torch.randn(S, 128).to(device),
     )
-    batches = distill.draw_batches(S, batch, steps, torch.Generator().manual_seed(0))
+    batches = list(itertools.islice(common.shuffled(S, batch, 0), steps))
 
     def run():
         end = distill.student_steps(
@@ -305,8 +303,9 @@ def scale_read_experts(device, K=20, N=10_000):
         common.save(folder / f"{k:04d}.pt", {"trajectory": trajectory, "example_loss": losses})
 
     def run():
-        made = {"options": {}, "targets_id": "0"}
-        _, _, losses, _ = distill.load_experts(folder, N, common.flatten(net).numel(), made)
+        made = {"options": {}, "targets_id": "0", "images_id": "0"}
+        paths = sorted(folder.glob("*.pt"))
+        _, losses, _ = distill.load_experts(paths, N, common.flatten(net).numel(), made)
         distill.high_loss_indices(losses, 100)
 
     return run, lambda: shutil.rmtree(folder)
@@ -316,8 +315,7 @@ def scale_evaluate(device, S=500, labelled=500):
     """Pre-training for 20 epochs on a set, and one probe (width 32, 10 classes)."""
     args = evaluate.parse_args(["--device", device])
     images, targets = torch.randn(S, 3, 32, 32).to(device), torch.randn(S, 128).to(device)
-    data = common.ImageSet(random_images(labelled, 32).to(device), torch.arange(labelled) % 10, *STATS)
-    data = data._replace(labels=data.labels.to(device))
+    data = DATA._replace(images=random_images(labelled, 32), labels=torch.arange(labelled) % 10)
 
     def run():
         net = common.ConvNet(128, 32, 3, 32).to(device)
@@ -531,8 +529,7 @@ def compare(task, args, folder):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
-    parser.error = common.fail
-    parser.add_argument("--device", type=common.device, default="cpu", help="where to run")
+    parser.add_argument("--device", default="cpu", help="where to run")
     parser.add_argument("--threads", type=common.natural, help="CPU threads (default: torch's choice)")
     parser.add_argument("--repeats", type=common.positive, default=5, help="of each side")
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), help="tasks")

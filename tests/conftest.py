@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # small tensors, and machines that do other things too
+
+import common  # noqa: E402
 
 # A whole run in seconds: 150 digits of 8 px, a ResNet-18 of width 4, students of width 8.
 DATA = ["--dataset", "digits", "--limit", "150", "--device", "cpu"]
@@ -21,6 +24,12 @@ TEACHER = [*DATA, "--width", "4", "--epochs", "1", "--batch_size", "50", "--proj
 EXPERTS = [*DATA, *STUDENT, "--num_experts", "3", "--batch_size", "50"]
 DISTILL = [*DATA, *STUDENT, "--fraction", "0.1", "--syn_steps", "3", "--batch_syn", "8", "--lr_img", "10"]
 EVALUATE = [*DATA, *STUDENT, "--fractions", "0.2", "0.4", "--seeds", "0", "1", "--epochs", "2"]
+
+
+def run_stage(name, argv):
+    """Run a stage in this process, with the options parsed as from the command line; a Problem passes through."""
+    module = __import__(name)
+    module.main(module.parse_args([str(a) for a in argv]))
 
 
 def start(name, argv, stderr=os.devnull, prepare=lambda: None):
@@ -35,10 +44,8 @@ def start(name, argv, stderr=os.devnull, prepare=lambda: None):
             os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
         prepare()
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not pytest's
-        import common
-
         module = __import__(name)
-        common.run(module.main, module.parse_args([str(a) for a in argv]))
+        common.run(module.main, lambda: module.parse_args([str(a) for a in argv]))
 
     process = multiprocessing.get_context("fork").Process(target=target)
     # A signal in the middle of a fork would be pytest's, which the process still is.
@@ -50,31 +57,22 @@ def start(name, argv, stderr=os.devnull, prepare=lambda: None):
 
 @pytest.fixture
 def stage():
-    """stage("distill", [...]) parses the options as the command line would and runs the stage here."""
-
-    def run(name, argv):
-        module = __import__(name)
-        return module.main(module.parse_args([str(a) for a in argv]))
-
-    return run
+    """stage("distill", [...]) runs a stage here."""
+    return run_stage
 
 
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory):
     """An output folder in which every stage has run once; tests that write go to a copy of it."""
-    import distill
-    import evaluate
-    import train_experts
-    import train_teacher
-
-    out = ["--out_dir", str(tmp_path_factory.mktemp("run"))]
-    train_teacher.main(train_teacher.parse_args(TEACHER + out))
-    train_experts.main(train_experts.parse_args(EXPERTS + out))
+    folder = tmp_path_factory.mktemp("run")
+    out = ["--out_dir", folder]
+    run_stage("train_teacher", [*TEACHER, *out])
+    run_stage("train_experts", [*EXPERTS, *out])
     for init in ("random", "high_loss"):
         for iters in ("0", "1"):
-            distill.main(distill.parse_args([*DISTILL, *out, "--init", init, "--iters", iters]))
-    evaluate.main(evaluate.parse_args(EVALUATE + out))
-    return Path(out[1])
+            run_stage("distill", [*DISTILL, *out, "--init", init, "--iters", iters])
+    run_stage("evaluate", [*EVALUATE, *out])
+    return folder
 
 
 @pytest.fixture
@@ -83,21 +81,16 @@ def copy(run_dir, tmp_path):
     return Path(shutil.copytree(run_dir, tmp_path / "copy"))
 
 
-def refuses(capsys, function, *words, what=""):
-    """function() ends with exit status 2 and one line on stderr, which holds the words; returns the line.
-
-    what: is tried, to be told where it is taken.
-    """
-    capsys.readouterr()
+def refuses(function, *words, what=""):
+    """function() raises a Problem whose line holds the words; returns the line. what: is tried."""
     try:
         function()
-    except SystemExit as stop:
-        code, message = stop.code, capsys.readouterr().err
+    except common.Problem as problem:
+        message = " ".join(f"{problem}".split())
     else:
         pytest.fail(f"not refused: {what}")
-    assert code == 2 and message.startswith("error: ") and message.count("\n") == 1, (what, message)
     for word in words:
-        assert word in message
+        assert str(word) in message, (what, message)
     return message
 
 
@@ -115,12 +108,12 @@ def beside(request, tmp_path_factory):
     if not any("rehearsal" in item.fixturenames for item in request.session.items):
         yield None
         return
-    root, out = Path(__file__).parent.parent, tmp_path_factory.mktemp("rehearsal") / "runs"
+    out = tmp_path_factory.mktemp("rehearsal") / "runs"
     variables = {"PYTHON": sys.executable, "OUT": str(out), "KRR_ST": "--lr_img 1e30", "OMP_NUM_THREADS": "1"}
     with open(out.parent / "stdout", "w") as stdout, open(out.parent / "stderr", "w") as stderr:
-        command = ["bash", root / "run_all.sh", "table1", "rehearse"]
+        command = ["bash", ROOT / "run_all.sh", "table1", "rehearse"]
         process = subprocess.Popen(
-            command, cwd=root, env={**os.environ, **variables}, stdout=stdout, stderr=stderr
+            command, cwd=ROOT, env={**os.environ, **variables}, stdout=stdout, stderr=stderr
         )
     yield process, out
     process.kill()

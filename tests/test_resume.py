@@ -1,104 +1,105 @@
-"""Stages that are killed at random points, and go on: the same files in the end, bit for bit.
+"""Stages that are killed at any point, and go on: the same files in the end, bit for bit.
 
-python -m pytest tests/test_resume.py --kills 200    # the long run; by default there are five kills a stage
+python -m pytest tests/test_resume.py --kills 200    # the long run
 """
 
-import json
+import itertools
 import os
 import random
 import shutil
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import DATA, DISTILL, EVALUATE, EXPERTS, STUDENT, TEACHER, start
 
-MATCH = [*DISTILL, "--init", "random", "--iters", "30", "--lr_targets", "1", "--segments", "2"]
-KRR_ST = [*DATA, *STUDENT, "--fraction", "0.1", "--method", "krr_st", "--pool_size", "2", "--pool_steps", "9"]
-KRR_ST += ["--batch_real", "50", "--iters", "60", "--lr_img", "0.02"]
-RUNS = {  # stage and options, long enough to be killed within; what an earlier stage must have made
-    "teacher": ("train_teacher", [*TEACHER, "--epochs", "12"], []),
-    "experts": ("train_experts", [*EXPERTS, "--epochs", "12"], ["targets.pt"]),
-    "experts_flat": (
-        "train_experts",
-        [*EXPERTS, "--epochs", "3", *"--objective simclr --ema 0.9 --sam 0.05".split()],
-        [],
-    ),
-    "mkdt": ("distill", MATCH, ["targets.pt", "experts"]),
-    "krr_st": ("distill", KRR_ST, ["targets.pt"]),
-    "evaluate": ("evaluate", [*EVALUATE, "--epochs", "30"], ["targets.pt", "sets"]),
+import common
+
+MKDT = [*DISTILL, "--init", "random", "--iters", "30"]
+KRR_ST = [*DATA, *STUDENT, *"--method krr_st --fraction 0.1 --pool_size 2 --pool_steps 9".split()]
+RUNS = {  # stage and options, long enough to be killed within; what is not there, for it is to be made
+    "teacher": ("train_teacher", [*TEACHER, "--epochs", "12"], "te*.pt ta*.pt train_teacher*"),
+    "experts": ("train_experts", [*EXPERTS, "--epochs", "12"], "experts train_experts*"),
+    "experts_ssl": ("train_experts", [*EXPERTS, "--objective", "simclr"], "experts train_experts*"),
+    "mkdt": ("distill", [*MKDT, *"--name x --lr_targets 1 --log_lr".split()], ""),
+    "mkdt_auto": ("distill", [*MKDT, *"--name x --lr_init auto --decay 0.1".split()], ""),
+    "krr_st": ("distill", [*KRR_ST, *"--batch_real 50 --iters 60 --lr_img 0.02".split()], ""),
+    "evaluate": ("evaluate", [*EVALUATE, "--epochs", "30"], "results* evaluate*"),
 }
-TIMES = {"time", "images_per_second", "seconds", "pretrain_seconds"}  # what differs from run to run in a log
-
-
-def run(name, argv):
-    """Let a stage run to its end; returns the seconds that it took."""
-    began = time.time()
-    process = start(name, argv)
-    process.join()
-    assert process.exitcode == 0
-    return time.time() - began
 
 
 def contents(folder):
-    """{path: bytes} of all that a run has made; of logs, the records without their times and their starts."""
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".claims"):
-        name = str(path.relative_to(folder))
-        if path.suffix == ".jsonl" and path.name != "results.jsonl":
-            records = [json.loads(line) for line in path.read_text().splitlines()]
-            assert "options" in records[0] and "commit" in records[0] and not records[0]["resumed"]
-            records = [r for r in records if not ("run" in r and "command" in r)]
-            found[name] = [{k: v for k, v in r.items() if k not in TIMES} for r in records]
-        else:
-            found[name] = path.read_bytes()
+    """{path: bytes} of all that a run has made; of logs the records, from the last start at step 0 on."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for path in folder.glob("*.jsonl"):
+        records = common.read_records(path)
+        begin = max((i for i, record in enumerate(records) if record.get("step") == 0), default=None)
+        if path.name == "train_experts.jsonl":  # each is written when it is made, some perhaps twice
+            begin = 0
+            records.sort(key=lambda record: record.get("expert", -1))
+            records = [records[0], *(b for a, b in itertools.pairwise(records) if a != b)]
+        assert begin is not None or path.name == "results.jsonl"
+        found[path.name] = [record for record in records[begin:] if "command" not in record]
     return found
 
 
-def prepared(run_dir, folder, needs):
-    folder.mkdir()
-    for need in needs:
-        (shutil.copytree if (run_dir / need).is_dir() else shutil.copy)(run_dir / need, folder / need)
-    return folder
+@pytest.fixture
+def prepared(run_dir, tmp_path):
+    """prepared("name", "*.x *.y"): a new copy of a run, without these."""
+    return lambda name, without: Path(
+        shutil.copytree(run_dir, tmp_path / name, ignore=shutil.ignore_patterns(*without.split())))
 
 
-def test_stopped_with_what_it_is_piped_to(run_dir, tmp_path):
-    """Ctrl-C ends "... | tee log" as a whole; the checkpoint is written even so, and the status is right."""
-    folder = prepared(run_dir, tmp_path / "piped", ["targets.pt", "experts"])
+def killed_behind(n, checkpoint=False):
+    """Makes a process kill itself behind its n-th operation on files, or when it has written a checkpoint."""
+    left = [n]
 
-    def broken_pipe():
-        read, write = os.pipe()
-        os.dup2(write, 1), os.dup2(write, 2)
-        os.close(read), os.close(write)
+    def counted(function):
+        def call(*words, **more):
+            result = function(*words, **more)
+            left[0] -= not checkpoint or str(words[-1]).endswith(".checkpoint")
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
 
-    argv = [*MATCH, "--iters", "100000", "--checkpoint_minutes", "0", "--out_dir", str(folder)]
-    process = start("distill", argv, prepare=broken_pipe)
-    checkpoint = folder / "sets/mkdt_random.checkpoint"
-    while not checkpoint.exists() and process.is_alive():
-        time.sleep(0.02)
-    checkpoint.unlink()
-    os.kill(process.pid, signal.SIGINT)
-    process.join()
-    assert process.exitcode == 130 and checkpoint.exists()
+        return call
+
+    os.replace = counted(os.replace)
+    if not checkpoint:
+        os.truncate, os.unlink, common.append = map(counted, (os.truncate, os.unlink, common.append))
 
 
 @pytest.mark.parametrize("which", RUNS)
-def test_killed_at_random_points(which, run_dir, tmp_path, request):
-    """SIGKILL, SIGTERM and Ctrl-C at random points, with a checkpoint after every step or seldom."""
-    kills = request.config.getoption("kills")
-    name, options, needs = RUNS[which]
-    whole = prepared(run_dir, tmp_path / "whole", needs)
-    seconds = run(name, [*options, "--out_dir", str(whole)])
-    expected = contents(whole)
-    assert not list(whole.rglob("*.checkpoint"))
-    draws, done, runs = random.Random(which), 0, 0
+def test_killed_at_any_point(which, prepared, request):
+    """Behind one operation on files after another; then by three signals at random points."""
+    name, options, makes = RUNS[which]
+
+    def begin(folder, *more, **how):
+        return start(name, [*options, "--out_dir", folder, *more], **how)
+
+    whole, began = prepared("whole", makes), time.time()
+    process = begin(whole)
+    process.join()
+    seconds, expected = time.time() - began, contents(whole)
+    assert process.exitcode == 0 and not [*whole.rglob("*.checkpoint"), *whole.rglob("*.tmp")]
+
+    folder = prepared("behind", makes)
+    for n in itertools.count():
+        process = begin(folder, prepare=lambda n=n: killed_behind(max(n, 1), checkpoint=n == 0))
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert n > 4 and contents(folder) == expected
+
+    draws, kills, done, runs = random.Random(which), request.config.getoption("kills"), 0, 0
     while done < kills:
-        folder = prepared(run_dir, tmp_path / f"killed_{done}", needs)
-        ended = False
+        folder, ended = prepared(f"killed_{runs}", makes), False
         while not ended:
-            argv = [*options, "--out_dir", str(folder)]
-            argv += ["--checkpoint_minutes", draws.choice(["0", "0.002", "5"])]
-            process = start(name, argv)
+            process = begin(folder, "--checkpoint_minutes", draws.choice(["0", "0.002", "5"]))
             process.join(draws.uniform(0, 1.2 * seconds) if done < kills else None)
             if process.exitcode is None:
                 number = draws.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -111,4 +112,66 @@ def test_killed_at_random_points(which, run_dir, tmp_path, request):
         assert contents(folder) == expected
         shutil.rmtree(folder)
         runs += 1
-    print(f"{which}: {done} kills in {runs} runs, which all ended in the files of an undisturbed one")
+    print(f"{which}: {n} and {done} kills in {runs + 1} runs, which all ended in an undisturbed one's files")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_second_signal_does_not_wait(count, prepared, tmp_path):
+    """The first lets the step end and saves it; the second ends the process in the midst of it."""
+    folder, student_loss, calls = prepared("run", "experts"), common.student_loss, []
+
+    def loss(*words):
+        sys.stderr.reconfigure(line_buffering=True)  # as that of a process of its own
+        calls.append(1)
+        for _ in range(count if len(calls) == 4 else 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return student_loss(*words)
+
+    argv = [*EXPERTS, "--out_dir", folder, "--first_expert", "1", "--checkpoint_minutes", "0"]
+    process = start("train_experts", argv, tmp_path / "said", lambda: setattr(common, "student_loss", loss))
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert (tmp_path / "said").read_text() == "stopped by SIGTERM: the same command goes on\n"
+    assert common.load(folder / "experts/0001.checkpoint", {}, "")["step"] == 5 - count
+
+
+def test_stopped_with_what_it_is_piped_to(prepared):
+    """Ctrl-C ends "... | tee log" as a whole; the checkpoint is written even so, and the status is right."""
+    folder = prepared("piped", "")
+
+    def broken_pipe():
+        read, write = os.pipe()
+        os.dup2(write, 1), os.dup2(write, 2), os.close(read)
+
+    argv = [*MKDT, *"--iters 100000 --checkpoint_minutes 0 --name x".split(), "--out_dir", folder]
+    process = start("distill", argv, prepare=broken_pipe)
+    checkpoint = folder / "sets/x.checkpoint"
+    while not checkpoint.exists() and process.is_alive():
+        time.sleep(0.02)
+    checkpoint.unlink()
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130 and checkpoint.exists()
+
+
+@pytest.mark.parametrize("module, name", [(torch, "save"), (os, "fsync"), (os, "replace")])
+def test_killed_while_a_file_is_written(module, name, tmp_path):
+    """The old one stays, whole; the next one leaves no trace of what was begun."""
+    path = tmp_path / "x.pt"
+    common.save(path, {"a": 1})
+
+    def end(contents, file=None, *words):
+        if name == "save":  # in the middle
+            file.write(bytes(100))
+            file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepare():
+        setattr(module, name, end)
+        common.save(path, {"a": 2})
+
+    process = start("distill", [], prepare=prepare)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and common.load(path, {"a": None}, "") == {"a": 1}
+    common.save(path, {"a": 3})
+    assert common.load(path, {"a": None}, "") == {"a": 3} and list(tmp_path.iterdir()) == [path]

@@ -1,25 +1,82 @@
 """Each stage, tiny: what it writes, the same seed the same file, what it says of files that do not fit."""
 
 import functools
+import gc
 import json
 import math
+import os
 import shutil
+import stat
 import sys
 
+import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from conftest import DATA, DISTILL, EVALUATE, EXPERTS, TEACHER, refuses
+from conftest import run_stage as stage
+from PIL import Image
 
 import common
 import distill
 import evaluate
-import train_experts
 
 N, S, D = 150, 15, 32  # real images, images of a set, dimension of the targets
+OPTIONS = {"train_teacher": TEACHER, "train_experts": EXPERTS, "distill": DISTILL, "evaluate": EVALUATE}
+TWO_CELLS = "--seeds 0 --sets none mkdt_random"  # of evaluate.py; two labelled fractions each
 
 
 def read(path):
     return torch.load(path, weights_only=True)
+
+
+def log(path):
+    """The records of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(name, folder, options=""):
+    """A stage in a folder; the options are words of a text, and override those of conftest.py."""
+    stage(name, [*OPTIONS[name], "--out_dir", folder, *options.split()])
+
+
+def refused(name, folder, options, *words):
+    return refuses(lambda: run(name, folder, options), *words, what=options)
+
+
+def fails(capsys, folder, options, *words):
+    """evaluate.py ends with status 2 and a line an error; each of the words is in one of them."""
+    capsys.readouterr()
+    try:
+        run("evaluate", folder, options)
+    except SystemExit as stop:
+        status = stop.code
+    gc.collect()  # what a Problem's traceback holds, with the lock of the log
+    lines = capsys.readouterr().err.splitlines()
+    assert status == 2 and all(line.startswith("error: ") for line in lines)
+    for word in words:
+        assert sum(str(word) in line for line in lines) == 1, (word, lines)
+
+
+def rows(path):
+    """{title: the other cells} of the rows of a table, with its head."""
+    lines = [line.strip("|").split("|") for line in path.read_text().splitlines() if line.startswith("|")]
+    return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines if line[0] != "---"}
+
+
+def accuracies(folder, *sets):
+    """(sets, seeds 0 and 1) of results.jsonl, at 20 % of the labels."""
+    found = {(r["set"], r["fraction"], r["seed"]): r["accuracy"] for r in log(folder / "results.jsonl")}
+    return np.array([[found[name, 0.2, seed] for seed in (0, 1)] for name in sets])
+
+
+def digits():
+    return common.load_images("digits", "train", "data", limit=N)
+
+
+def student():
+    return common.ConvNet(D, 8, 1, 8, 2)
 
 
 # -- what the files hold -------------------------------------------------------------------------------------
@@ -27,814 +84,438 @@ def read(path):
 
 def test_teacher_files(run_dir):
     teacher, targets = read(run_dir / "teacher.pt"), read(run_dir / "targets.pt")
-    assert set(teacher) == {"encoder", "options", "images_id", "torch_version"}
-    assert set(targets) == {"targets", "mean", "options", "images_id", "torch_version"}
+    assert set(teacher) == {"encoder", "options", "images_id"}
+    assert set(targets) == {"targets", "options", "images_id"}
     assert targets["targets"].shape == (N, D) and targets["targets"].dtype == torch.float32
     assert targets["options"]["train_teacher"]["ssl"] == "barlow_twins"
     # The targets are the saved encoder's features of the un-augmented images, in eval mode, in order.
-    encoder = common.ResNet(channels=1, width=4)
+    encoder, train = common.ResNet(channels=1, width=4), digits()
     encoder.load_state_dict(teacher["encoder"])
-    train = common.load_images("digits", "train", "data", limit=N)
-    features = common.encode(encoder.eval(), train.images, train.mean, train.std)
+    features = common.encode(encoder.eval(), train.images, train, "cpu")
     torch.testing.assert_close(features, targets["targets"])
-    log = [json.loads(line) for line in (run_dir / "train_teacher.jsonl").read_text().splitlines()]
-    assert 0 <= log[-1]["probe_accuracy"] <= 100
+    assert 0 <= log(run_dir / "train_teacher.jsonl")[-1]["probe_accuracy"] <= 100
+    assert not (run_dir / "features.npy").exists()
 
 
 def test_expert_files(run_dir):
     paths = sorted((run_dir / "experts").iterdir())
     assert [p.name for p in paths] == ["0000.pt", "0001.pt", "0002.pt"]
-    expert = read(paths[1])
-    assert set(expert) == {
-        "trajectory",
-        "example_loss",
-        "options",
-        "images_id",
-        "targets_id",
-        "torch_version",
-    }
-    net = common.ConvNet(D, 8, 1, 8, 2)
-    assert expert["trajectory"].shape == (4, common.flatten(net).numel()) and expert[
-        "example_loss"
-    ].shape == (N,)
-    assert set(expert["options"]) == {"train_teacher", "train_experts"}
-    # No two snapshots are the same, and the first is the seeded initialisation.
-    assert all((a != b).any() for a, b in zip(expert["trajectory"], expert["trajectory"][1:]))
-    torch.manual_seed(1)
-    assert torch.equal(expert["trajectory"][0], common.flatten(common.ConvNet(D, 8, 1, 8, 2)))
+    first, expert = read(paths[0]), read(paths[1])
+    keys = {"trajectory", "example_loss", "gradient_variance", "options", "images_id", "targets_id"}
+    assert set(expert) == keys and set(expert["options"]) == {"train_teacher", "train_experts"}
+    assert len(first["gradient_variance"]) == 2 and expert["gradient_variance"] == []
+    net, t = student(), expert["trajectory"]
+    assert t.shape == (4, common.flatten(net).numel()) and expert["example_loss"].shape == (N,)
+    assert all((a != b).any() for a, b in zip(t, t[1:]))  # no two snapshots are the same,
+    assert (t[0] != first["trajectory"][0]).any()  # and no two experts
     # example_loss is that of the weights after the first epoch.
-    train, targets, _ = common.load_targets(run_dir, "digits", "data", limit=N)
-    torch.nn.utils.vector_to_parameters(expert["trajectory"][1], net.parameters())
-    outputs = common.encode(net, train.images, train.mean, train.std)
-    torch.testing.assert_close(expert["example_loss"], (outputs - targets).square().mean(1))
+    nn.utils.vector_to_parameters(t[1], net.parameters())
+    train = digits()
+    squares = (common.encode(net, train.images, train, "cpu") - read(run_dir / "targets.pt")["targets"]) ** 2
+    torch.testing.assert_close(expert["example_loss"], squares.mean(1))
+
+
+def test_an_expert_by_hand(copy):
+    """An epoch of plain SGD on the shuffled images."""
+    shutil.rmtree(copy / "experts")
+    run("train_experts", copy, "--num_experts 2 --epochs 1 --momentum 0 --weight_decay 0")
+    start, end = read(copy / "experts/0001.pt")["trajectory"]
+    net, train, targets = student(), digits(), read(copy / "targets.pt")["targets"]
+    x, batches = common.normalise(train.images, train), common.shuffled(N, 50, 0, "expert", 1)
+    for _ in range(3):
+        batch, theta = next(batches), start.requires_grad_()
+        loss = F.mse_loss(common.forward_flat(net, theta, x[batch]), targets[batch])
+        start = (theta - 0.1 * torch.autograd.grad(loss, theta)[0]).detach()
+    torch.testing.assert_close(start, end)
 
 
 def test_set_files(run_dir):
     names = {"subset_random", "subset_high_loss", "mkdt_random", "mkdt_high_loss"}
-    assert {p.name for p in (run_dir / "sets").iterdir()} == {
-        f"{n}{e}" for n in names for e in (".pt", ".png")
-    }
-    train, targets, _ = common.load_targets(run_dir, "digits", "data", limit=N)
+    files = {f"{name}{ending}" for name in names for ending in (".pt", ".png")}
+    assert {p.name for p in (run_dir / "sets").iterdir()} == files
+    train, targets = digits(), read(run_dir / "targets.pt")["targets"]
+    keys = {"images", "targets", "lr", "indices", "mean", "std", "options", "images_id", "targets_id"}
     for name in names:
         contents = read(run_dir / "sets" / f"{name}.pt")
-        assert set(contents) == {
-            "images",
-            "targets",
-            "lr",
-            "image_size",
-            "indices",
-            "mean",
-            "std",
-            "options",
-            "images_id",
-            "targets_id",
-            "torch_version",
-        }
-        assert contents["images"].shape == (S, 1, 8, 8) and contents["images"].dtype == torch.float32
-        assert contents["targets"].shape == (S, D) and contents["indices"].shape == (S,)
-        assert isinstance(contents["lr"], float) and contents["lr"] > 0
-        assert torch.equal(
-            contents["targets"], targets[contents["indices"]]
-        )  # Z_syn is not learnt by default
-        real = common.normalise(train.images[contents["indices"]], train.mean, train.std)
+        images, indices, lr = (contents[key] for key in ("images", "indices", "lr"))
+        assert set(contents) == keys and images.shape == (S, 1, 8, 8) and images.dtype == torch.float32
+        assert isinstance(lr, float) and lr > 0 and indices.shape == (S,)
+        assert torch.equal(contents["targets"], targets[indices])  # Z_syn is not learnt by default
+        real = common.normalise(train.images[indices], train)
         if name.startswith("subset"):
-            assert torch.equal(contents["images"], real) and contents["lr"] == pytest.approx(0.1)
+            assert torch.equal(images, real) and lr == pytest.approx(0.1)
         else:  # one iteration has moved images and lr, and the last update is in the file
-            assert (contents["images"] != real).any() and contents["lr"] != pytest.approx(0.1, abs=1e-12)
-    losses = torch.stack([read(p)["example_loss"] for p in sorted((run_dir / "experts").iterdir())]).mean(0)
-    expected = losses.argsort(descending=True)[:S]
-    assert torch.equal(read(run_dir / "sets/mkdt_high_loss.pt")["indices"], expected)
+            assert (images != real).any() and lr != pytest.approx(0.1, abs=1e-12)
+    losses = sum(read(path)["example_loss"] for path in (run_dir / "experts").iterdir())
+    hardest = read(run_dir / "sets/mkdt_high_loss.pt")["indices"].tolist()
+    assert set(hardest) == set(losses.argsort(descending=True)[:S].tolist())
 
 
 def test_results(run_dir):
-    records = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
+    records = log(run_dir / "results.jsonl")
     sets = {"none", "full", "subset_random", "subset_high_loss", "mkdt_random", "mkdt_high_loss"}
-    assert {(r["set"], r["fraction"], r["seed"]) for r in records} == {
-        (s, f, seed) for s in sets for f in (0.2, 0.4) for seed in (0, 1)
-    }
+    cells = {(s, f, seed) for s in sets for f in (0.2, 0.4) for seed in (0, 1)}
+    assert {(r["set"], r["fraction"], r["seed"]) for r in records} == cells
     assert len(records) == 24 and all(0 <= r["accuracy"] <= 100 for r in records)
-    table = [line.strip("| ").split(" | ") for line in (run_dir / "results.md").read_text().splitlines()[:8]]
-    assert table[0] == [
-        "pre-training set; labels of digits", "n", "20 % labels", "difference", "40 % labels", "difference"
-    ]  # fmt: skip
-    assert [line[0] for line in table[2:]] == [
-        "no pre-training", "random subset", "high-loss subset", "MKDT (random init)", "MKDT", "full data"
-    ]  # fmt: skip
-    values = {
-        name: torch.tensor([r["accuracy"] for r in records if r["set"] == name and r["fraction"] == 0.2])
-        for name in ("none", "subset_random")
-    }
-    none, d = values["none"], values["none"] - values["subset_random"]
-    expected = ["2", f"{none.mean():.2f} ± {none.std():.2f}", f"{d.mean():+.2f} ± {d.std() / 2**0.5:.2f}"]
-    assert table[2][1:4] == expected
+    table = rows(run_dir / "results.md")
+    assert table["pre-training set; labels of digits"] == [
+        "n", "20 % labels", "difference", "40 % labels", "difference"]
+    assert list(table)[1:] == [
+        "no pre-training", "random subset", "high-loss subset", "MKDT (random init)", "MKDT", "full data"]
+    none, base = accuracies(run_dir, "none", "subset_random")
+    std, error = none.std(ddof=1), (none - base).std(ddof=1) / 2**0.5
+    expected = ["2", f"{none.mean():.2f} ± {std:.2f}", f"{(none - base).mean():+.2f} ± {error:.2f}"]
+    assert table["no pre-training"][:3] == expected and table["random subset"][2] == ""
 
 
-def test_figure(copy, stage, capsys, monkeypatch):
+def test_figure(copy, capsys, monkeypatch):
+    """Without matplotlib there is none, and all else is as with it."""
     (copy / "results.png").unlink(missing_ok=True)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)  # not installed
-        stage("evaluate", [*EVALUATE, "--out_dir", copy])
+        run("evaluate", copy)
     assert "matplotlib" in capsys.readouterr().out and not (copy / "results.png").exists()
     pytest.importorskip("matplotlib")
-    stage("evaluate", [*EVALUATE, "--out_dir", copy])
+    run("evaluate", copy)
     assert (copy / "results.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_logs(run_dir):
-    for stage in ("train_teacher", "train_experts", "distill_mkdt_random", "evaluate"):
-        first, *rest = [json.loads(line) for line in (run_dir / f"{stage}.jsonl").read_text().splitlines()]
-        assert {"command", "options", "time", "torch", "device"} <= set(first)
-    record = [json.loads(line) for line in (run_dir / "distill_mkdt_random.jsonl").read_text().splitlines()][
-        -1
-    ]
-    assert record["iteration"] == 1 and record["matching_loss"] > 0 and record["pixel_change"] > 0
+def test_a_log_without_git(run_dir, tmp_path, monkeypatch):
+    """The first record of a start says how it was made all the same."""
+    monkeypatch.setenv("PATH", "")
+    shutil.copy(run_dir / "targets.pt", tmp_path)
+    run("distill", tmp_path, "--init random --iters 0")
+    (record,) = log(tmp_path / "distill_subset_random.jsonl")
+    assert record["step"] == 0 and {"command", "options", "torch", "time"} <= set(record)
 
 
-def test_centred_targets(copy, stage):
-    """--centre takes the mean out of the targets; a teacher that is there is not trained again."""
-    before = read(copy / "targets.pt")
-    weights = (copy / "teacher.pt").read_bytes()
-    assert before["mean"].abs().max() == 0 and before["targets"].mean(0).abs().max() > 0.01
-    shutil.move(copy / "targets.pt", copy / "raw.pt")
-    stage("train_teacher", [*TEACHER, "--out_dir", copy, "--centre"])
-    after = read(copy / "targets.pt")
-    torch.testing.assert_close(after["targets"] + after["mean"], before["targets"])
-    assert after["targets"].mean(0).abs().max() < 1e-5
-    assert (copy / "teacher.pt").read_bytes() == weights
-    teacher = read(copy / "teacher.pt")  # as a run with --centre writes it
-    teacher["options"]["train_teacher"]["centre"] = True
-    torch.save(teacher, copy / "teacher.pt")
-    (copy / "targets.pt").unlink()
-    stage("train_teacher", [*TEACHER, "--out_dir", copy])
-    assert torch.equal(read(copy / "targets.pt")["targets"], before["targets"])
+def test_files_can_be_read_by_others(run_dir):
+    os.umask(umask := os.umask(0))
+    for path in run_dir.rglob("*.*"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path
 
 
-def test_files_from_before_an_option(copy, stage, capsys):
-    """A file that does not name an option of today was made without it."""
-    contents = read(copy / "targets.pt")
-    del contents["options"]["train_teacher"]["centre"]
-    torch.save(contents, copy / "targets.pt")
-    stage("train_teacher", [*TEACHER, "--out_dir", copy])
-    refuses(capsys, lambda: stage("train_teacher", [*TEACHER, "--out_dir", copy, "--centre"]), "--centre")
+def test_same_seed_same_files(run_dir, tmp_path):
+    def same(path, *keys):
+        again, before = read(tmp_path / path), read(run_dir / path)
+        return all(torch.equal(torch.as_tensor(again[key]), torch.as_tensor(before[key])) for key in keys)
+
+    run("train_teacher", tmp_path)
+    run("train_experts", tmp_path, "--first_expert 2 --num_experts 1")  # alone as among many
+    run("train_experts", tmp_path)
+    run("distill", tmp_path, "--iters 1")
+    run("evaluate", tmp_path, "--sets none mkdt_high_loss")
+    assert same("targets.pt", "targets") and same("sets/mkdt_high_loss.pt", "images", "lr")
+    assert all(same(f"experts/000{k}.pt", "trajectory", "example_loss") for k in range(3))
+    before = log(run_dir / "results.jsonl")
+    assert all(record in before for record in log(tmp_path / "results.jsonl"))
 
 
-# -- the same seed, the same file; a finished stage is left alone --------------------------------------------
-
-
-def test_same_seed_same_files(run_dir, tmp_path, stage):
-    out = ["--out_dir", tmp_path]
-    stage("train_teacher", [*TEACHER, *out])
-    assert torch.equal(read(tmp_path / "targets.pt")["targets"], read(run_dir / "targets.pt")["targets"])
-    stage(
-        "train_experts", [*EXPERTS, *out, "--first_expert", "2", "--num_experts", "1"]
-    )  # alone as among many
-    assert torch.equal(
-        read(tmp_path / "experts/0002.pt")["trajectory"], read(run_dir / "experts/0002.pt")["trajectory"]
-    )
-    stage("train_experts", [*EXPERTS, *out])
-    stage("distill", [*DISTILL, *out, "--iters", "1"])
-    again, before = read(tmp_path / "sets/mkdt_high_loss.pt"), read(run_dir / "sets/mkdt_high_loss.pt")
-    assert torch.equal(again["images"], before["images"]) and again["lr"] == before["lr"]
-    stage("evaluate", [*EVALUATE, *out, "--sets", "none", "mkdt_high_loss"])
-    before = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
-    for line in (tmp_path / "results.jsonl").read_text().splitlines():
-        assert json.loads(line) in before
-
-
-def test_another_seed_another_expert(run_dir):
-    a, b = (read(run_dir / f"experts/000{k}.pt")["trajectory"] for k in (0, 1))
-    assert (a[0] != b[0]).any()
-
-
-def test_a_finished_stage_is_not_run_again(copy, stage):
+def test_a_finished_stage_is_not_run_again(copy):
     def everything():
         files = [*copy.glob("*.pt"), *copy.glob("*/*.pt"), copy / "results.jsonl"]
         return {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
 
     before = everything()
-    stage("train_teacher", [*TEACHER, "--out_dir", copy])
-    stage("train_experts", [*EXPERTS, "--out_dir", copy])
-    stage("distill", [*DISTILL, "--out_dir", copy, "--iters", "1"])
-    stage("evaluate", [*EVALUATE, "--out_dir", copy])
+    for name in OPTIONS:
+        run(name, copy, "--iters 1" if name == "distill" else "")
     assert everything() == before
 
 
-def test_a_broken_result_is_measured_again(copy, stage):
-    path = copy / "results.jsonl"
-    text = path.read_text()
-    path.write_text(text[:-40])  # killed while writing the last record
-    stage("evaluate", [*EVALUATE, "--out_dir", copy])
-    assert sorted(path.read_text().splitlines()[-1:]) == sorted(text.splitlines()[-1:])
+def test_only_what_is_missing_or_failed_is_measured(copy):
+    """Whose record is cut off, broken, or says that it failed: the last of a cell counts."""
+    path, table = copy / "results.jsonl", (copy / "results.md").read_text()
+    before = log(path)
+    path.write_text(path.read_text()[:-40])  # killed while writing the last record
+    run("evaluate", copy)
+    assert common.read_records(path) == before
+    for accuracy in (None, 1e9, [1], "x"):
+        with open(path, "ab") as file:
+            for record in ({**before[0], "accuracy": accuracy}, {**before[0], "set": [1]}, {}, 3):
+                file.write(json.dumps(record).encode() + b"\n\xff\xfe\n")
+        n = len(path.read_bytes().splitlines())
+        run("evaluate", copy)
+        assert len(path.read_bytes().splitlines()) == n + 1
+        assert common.read_records(path)[-1] == before[0] and (copy / "results.md").read_text() == table
 
 
-def test_broken_records_are_left_out_with_a_warning(copy, stage, capsys):
-    path = copy / "results.jsonl"
-    first = json.loads(path.read_text().splitlines()[0])
-    wrong = [{**first, "accuracy": a} for a in ("x", None, [1], 1e9)] + [{**first, "set": [1]}, {}, 3]
-    with open(path, "ab") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in wrong).encode() + b"\xff\xfe\n")
-    table = (copy / "results.md").read_text()
-    stage("evaluate", [*EVALUATE, "--out_dir", copy])
-    assert capsys.readouterr().out.count("is broken and left out") == 8
-    assert (copy / "results.md").read_text() == table
+def test_a_cell_that_failed(copy, monkeypatch, capsys):
+    """It is a record with its error and shows in the table; the next start measures it again."""
+    table, probe = (copy / "results.md").read_text(), evaluate.probe
+    (copy / "results.jsonl").unlink()
+
+    def broken(net, train, test, fractions, args, seed):
+        if seed == 1:
+            raise common.Problem("the probe broke")
+        return probe(net, train, test, fractions, args, seed)
+
+    monkeypatch.setattr(evaluate, "probe", broken)
+    fails(capsys, copy, "--sets none subset_random")
+    failed = [record for record in log(copy / "results.jsonl") if record["accuracy"] is None]
+    assert len(failed) == 4 and {r["error"] for r in failed} == {"the probe broke"}
+    n, accuracy, difference, *_ = rows(copy / "results.md")["no pre-training"]
+    assert n == "2" and accuracy.endswith(" (1 failed)") and difference == ""
+    monkeypatch.setattr(evaluate, "probe", probe)
+    run("evaluate", copy)
+    assert len(log(copy / "results.jsonl")) == 8 + 20 and (copy / "results.md").read_text() == table
 
 
-def test_a_set_made_again_is_measured_again(copy, stage):
-    path = copy / "sets/mkdt_random.pt"
+def test_other_sets_and_images_are_measured_again(copy, monkeypatch):
+    """What an accuracy was measured on counts, whatever its name."""
+    def measured():
+        run("evaluate", copy, "--sets none mkdt_random")
+        return len(log(copy / "results.jsonl"))
+
+    path, load_images, before = copy / "sets/mkdt_random.pt", common.load_images, measured()
     contents = read(path)
     torch.save({**contents, "lr": contents["lr"] / 2}, path)
-    before = len((copy / "results.jsonl").read_text().splitlines())
-    stage("evaluate", [*EVALUATE, "--out_dir", copy])
-    assert len((copy / "results.jsonl").read_text().splitlines()) == before + 4
+    assert measured() == before + 4
+
+    def darker(name, split, *rest):
+        part = load_images(name, split, *rest)
+        return part._replace(images=part.images // 2) if split == "test" else part
+
+    monkeypatch.setattr(common, "load_images", darker)
+    assert measured() == before + 12
+
+
+@pytest.mark.parametrize("dim, left", [(5, 5), (100, D)])
+def test_principal_components_as_targets(copy, dim, left):
+    """--target_dim: so many components of the features, without their mean, at one scale."""
+    raw, teacher = read(copy / "targets.pt")["targets"], (copy / "teacher.pt").read_bytes()
+    refused("train_teacher", copy, f"--target_dim {dim}", "targets.pt", f"--target_dim {dim}")
+    (copy / "targets.pt").unlink()
+    run("train_teacher", copy, f"--target_dim {dim}")
+    found = read(copy / "targets.pt")
+    targets, components = found["targets"], found["components"]
+    assert targets.shape == (N, left) and components.shape == (left, D)
+    torch.testing.assert_close(targets, found["scale"] * (raw - found["mean"]) @ components.T)
+    assert targets.square().mean().item() == pytest.approx(1, rel=1e-4)
+    assert targets.mean(0).abs().max() < 1e-4 and (targets.var(0).diff() <= 1e-6).all()
+    # The teacher was not trained again, either way.
+    (copy / "targets.pt").unlink()
+    run("train_teacher", copy)
+    assert torch.equal(read(copy / "targets.pt")["targets"], raw)
+    assert (copy / "teacher.pt").read_bytes() == teacher
+    assert sum("epoch" in record for record in log(copy / "train_teacher.jsonl")) == 1
+
+
+def test_own_teacher(run_dir, tmp_path):
+    """--init_from with --epochs 0 gives another encoder's targets, of a teacher.pt or a plain state dict."""
+    weights, own = read(run_dir / "teacher.pt")["encoder"], tmp_path / "own.pt"
+    torch.save({**weights, "fc.weight": torch.zeros(3, D)}, own)
+    for i, source in enumerate([run_dir / "teacher.pt", own]):
+        run("train_teacher", tmp_path / str(i), f"--epochs 0 --init_from {source}")
+        ours = read(tmp_path / str(i) / "targets.pt")["targets"]
+        torch.testing.assert_close(ours, read(run_dir / "targets.pt")["targets"])
+    options = f"--epochs 0 --init_from {own}"
+    torch.save(weights, own)  # another file of the same name is another teacher
+    refused("train_teacher", tmp_path / "1", options, "targets.pt", "--init_from")
+    refused("train_teacher", tmp_path / "2", f"{options} --width 8", "own.pt", "--width 8")
+    poisoned = {name: value * float("nan") for name, value in weights.items()}
+    for wrong in ([1], {1: torch.ones(2)}, {"encoder": 3}, torch.ones(2), poisoned):
+        torch.save(wrong, own)
+        refused("train_teacher", tmp_path / "2", options, "own.pt")
+    assert not list((tmp_path / "2").glob("*.pt"))
 
 
 # -- distillation --------------------------------------------------------------------------------------------
 
 
-def test_every_expert_and_start_epoch_is_used(copy, stage):
-    stage("distill", [*DISTILL, "--out_dir", copy, "--iters", "40", "--syn_steps", "1", "--name", "long"])
-    records = [json.loads(line) for line in (copy / "distill_long.jsonl").read_text().splitlines()][1:]
+def test_every_expert_and_start_epoch_is_used(copy):
+    """Also with the options of the authors' code."""
+    run("distill", copy, "--iters 40 --syn_steps 1 --lr_targets 1 --inner_momentum 0.9 --name long")
+    records = log(copy / "distill_long.jsonl")[1:]
     assert {(r["expert"], r["start_epoch"]) for r in records} == {(k, t) for k in range(3) for t in range(2)}
-
-
-def test_learnt_targets_and_inner_momentum(copy, stage):
-    options = ["--iters", "1", "--lr_targets", "1", "--inner_momentum", "0.9", "--name", "authors"]
-    stage("distill", [*DISTILL, "--out_dir", copy, *options])
-    contents, targets = read(copy / "sets/authors.pt"), read(copy / "targets.pt")["targets"]
+    contents, targets = read(copy / "sets/long.pt"), read(copy / "targets.pt")["targets"]
     assert (contents["targets"] != targets[contents["indices"]]).any()
 
 
-def test_subset_with_the_learnt_lr(copy, stage):
-    stage(
-        "distill",
-        [*DISTILL, "--out_dir", copy, "--init", "random", "--iters", "0", "--lr_from", "mkdt_random"],
-    )
-    contents = read(copy / "sets/subset_random_lr_from_mkdt_random.pt")
-    assert contents["lr"] == read(copy / "sets/mkdt_random.pt")["lr"]
+def test_the_learnt_alpha(copy):
+    """It stays positive; learnt as a logarithm, a step is a factor, and a rate of 0 leaves it alone."""
+    for name, rate in [("wild", "10"), ("still", "0 --log_lr"), ("fast", "1 --log_lr")]:
+        run("distill", copy, f"--init random --iters 3 --lr_init 0.2 --lr_img 0 --name {name} --lr_lr {rate}")
+    logs = {name: log(copy / f"distill_{name}.jsonl")[1:] for name in ("wild", "still", "fast")}
+    rates = {name: [record["lr"] for record in records] for name, records in logs.items()}
+    assert min(rates["wild"]) > 0 and rates["still"] == pytest.approx([0.2] * 3)
+    assert abs(math.log(rates["fast"][-1] / 0.2)) > 1e-3
+    assert all(read(copy / f"sets/{name}.pt")["lr"] == rates[name][-1] for name in rates)
+
+
+def test_the_learnt_lr_for_a_subset(copy):
+    options = "--init random --iters 0 --lr_from mkdt_random"
+    run("distill", copy, options)
+    contents, learnt = read(copy / "sets/subset_random_lr_from_mkdt_random.pt"), copy / "sets/mkdt_random.pt"
+    assert contents["lr"] == read(learnt)["lr"]
     assert torch.equal(contents["images"], read(copy / "sets/subset_random.pt")["images"])
+    torch.save({**read(learnt), "lr": 0.7}, learnt)  # made again
+    refused("distill", copy, options, "lr_from_mkdt_random.pt", "--lr_init")
+    torch.save({**read(learnt), "lr": 0.0}, learnt)
+    refused("distill", copy, f"{options} --name x", "mkdt_random.pt", "'lr'")
 
 
-def test_sas_subset(copy, stage, capsys):
-    run = [*DISTILL, "--out_dir", copy, "--init", "sas", "--iters", "0"]
-    stage("distill", run)
+def test_the_best_rate_of_the_start(copy):
+    """--lr_init auto tries rates on the experts; a plain subset keeps the best, MKDT starts from it."""
+    run("distill", copy, "--init random --iters 0 --lr_init auto --name plain")
+    (record,) = [record for record in log(copy / "distill_plain.jsonl") if "rates_tried" in record]
+    tried = {float(rate): loss for rate, loss in record["rates_tried"].items()}
+    best = min(tried, key=tried.get)
+    assert len(tried) >= 3 and {best / 2, best * 2} <= set(tried)  # a least loss, between higher ones
+    assert read(copy / "sets/plain.pt")["lr"] == pytest.approx(best)
+    run("distill", copy, "--init random --iters 1 --lr_init auto --log_lr --lr_lr 0 --name learnt")
+    *_, tries, step = log(copy / "distill_learnt.jsonl")
+    assert tries == record and step["lr"] == pytest.approx(best)
+    shutil.rmtree(copy / "experts")
+    refused("distill", copy, "--init random --iters 0 --lr_init auto --name x", "train_experts.py")
+    run("distill", copy, "--init random --iters 0 --name x")  # wants none
+
+
+def test_sas_subset(copy):
+    options = "--init sas --iters 0"
+    run("distill", copy, options)
     assert len(set(read(copy / "sets/subset_sas.pt")["indices"].tolist())) == S
-    classes = torch.arange(N) % 3
-    given = [*run, "--latent_classes", copy / "classes.pt"]
+    classes, given = torch.arange(N) % 3, f"{options} --latent_classes {copy / 'classes.pt'}"
     torch.save({"latent_classes": classes}, copy / "classes.pt")
-    stage("distill", [*given, "--name", "given"])
+    run("distill", copy, f"{given} --name given")
     assert classes[read(copy / "sets/given.pt")["indices"]].bincount().tolist() == [5, 5, 5]
     torch.save({"latent_classes": classes[1:]}, copy / "classes.pt")
-    refuses(capsys, lambda: stage("distill", [*given, "--name", "x"]), "classes.pt", "150")
-    many = [*run, "--num_latent_classes", "151", "--name", "x"]
-    refuses(capsys, lambda: stage("distill", many), "--num_latent_classes 151", "150")
+    refused("distill", copy, f"{given} --name x", "classes.pt", "150")
+    many = "--num_latent_classes 151"
+    refused("distill", copy, f"{options} {many} --name x", many, "150")
 
 
-def test_krr_st(copy, stage, monkeypatch):
+def test_krr_st(copy, monkeypatch):
     """Images and targets are learnt, the loss falls, and students start anew after --pool_steps steps."""
-    made, init = [], distill.PoolStudent.__init__
-    monkeypatch.setattr(distill.PoolStudent, "__init__", lambda *words: (made.append(words), init(*words))[1])
-    pool = ["--pool_size", "2", "--pool_steps", "5", "--batch_real", "100", "--lr_img", "0.02"]
-    run = [*DATA, "--width", "8", "--fraction", "0.1", "--out_dir", copy, "--method", "krr_st", *pool]
-    stage("distill", [*run, "--iters", "40"])
+    seeds, begin = [], distill.PoolStudent.begin
+    monkeypatch.setattr(distill.PoolStudent, "begin", lambda *words: (seeds.append(words[1]), begin(*words)))
+    options = "--method krr_st --iters 40 --pool_size 2 --pool_steps 5 --batch_real 100 --lr_img 0.02"
+    run("distill", copy, options)
     contents, real = read(copy / "sets/krr_st_random.pt"), read(copy / "targets.pt")["targets"]
     assert (contents["targets"] != real[contents["indices"]]).any() and contents["lr"] == pytest.approx(0.1)
-    records = [json.loads(line) for line in (copy / "distill_krr_st_random.jsonl").read_text().splitlines()]
-    losses = [r["regression_loss"] for r in records[1:]]
+    records = log(copy / "distill_krr_st_random.jsonl")[1:]
+    losses = [record["regression_loss"] for record in records]
     assert len(losses) == 40 and sum(losses[-10:]) < sum(losses[:10])
-    # The counter is reset: it runs up to 5 and starts again at 0, in every student of the pool.
-    steps = {k: [r["steps"] for r in records[1:] if r["student"] == k] for k in (0, 1)}
-    for counts in steps.values():
+    for k in (0, 1):  # the counter runs up to 5 and starts again at 0, in every student of the pool
+        counts = [record["steps"] for record in records if record["student"] == k]
         assert all(b == (a + 1) % 6 for a, b in zip(counts, counts[1:]))
-    assert len(made) == 2 + sum(r["steps"] == 5 for r in records[1:]) > 4
-    assert len({words[2] for words in made}) == len(made)  # each with a seed of its own
+    assert len(seeds) == len(set(seeds)) == 2 + sum(record["steps"] == 5 for record in records) > 4
 
 
-def test_clipped_gradient(copy, stage):
+def test_clipped_gradient(copy):
     """--clip_grad bounds the norm of the pixels' gradient, which the log holds as it was; alpha's follows."""
-    run = [*DISTILL, "--out_dir", copy, "--iters", "1", "--init", "random", "--lr_img", "1", "--log_lr"]
-    run += ["--lr_lr", "1"]
-    start = read(copy / "sets/subset_random.pt")["images"]
-    moved, factor = {}, {}
-    for name, more in {"free": [], "clipped": ["--clip_grad", "1e-5"]}.items():
-        stage("distill", [*run, *more, "--name", name])
+    start, moved, factor = read(copy / "sets/subset_random.pt")["images"], {}, {}
+    for name, more in {"free": "", "clipped": "--clip_grad 1e-5"}.items():
+        run("distill", copy, f"--iters 1 --init random --lr_img 1 --log_lr --lr_lr 1 --name {name} {more}")
         made = read(copy / f"sets/{name}.pt")
         moved[name], factor[name] = (made["images"] - start).norm().item(), math.log(made["lr"] / 0.1)
-        record = json.loads((copy / f"distill_{name}.jsonl").read_text().splitlines()[-1])
-        assert record["gradient_norm"] == pytest.approx(moved["free"], rel=1e-2)
+        norm = log(copy / f"distill_{name}.jsonl")[-1]["gradient_norm"]
+        assert norm == pytest.approx(moved["free"], rel=1e-2)
     assert moved["free"] > 2e-5 and moved["clipped"] == pytest.approx(1e-5, rel=1e-1)
     shrunk = moved["clipped"] / moved["free"]
     assert abs(factor["free"]) > 1e-3 and factor["clipped"] == pytest.approx(shrunk * factor["free"], rel=0.2)
 
 
-def test_lr_stays_positive(copy, stage):
-    stage(
-        "distill",
-        [*DISTILL, "--out_dir", copy, "--iters", "4", "--lr_lr", "10", "--lr_img", "0", "--name", "wild"],
-    )
-    assert all(
-        json.loads(line)["lr"] > 0 for line in (copy / "distill_wild.jsonl").read_text().splitlines()[1:]
-    )
-    assert read(copy / "sets/wild.pt")["lr"] > 0
-
-
-def test_the_logarithm_of_alpha_is_learnt(copy, stage):
-    """A step of its SGD is a factor: no step makes alpha_syn negative, and a rate of 0 leaves it alone."""
-    run = [*DISTILL, "--out_dir", copy, "--init", "random", "--iters", "3", "--lr_init", "0.2", "--log_lr"]
-    for rate, name in [("0", "still"), ("1", "fast")]:
-        stage("distill", [*run, "--lr_lr", rate, "--lr_img", "0", "--name", name])
-    still, fast = (read(copy / f"sets/{name}.pt")["lr"] for name in ("still", "fast"))
-    assert still == pytest.approx(0.2) and fast > 0 and abs(math.log(fast / 0.2)) > 1e-3
-    logs = [(copy / f"distill_{name}.jsonl").read_text().splitlines()[1:] for name in ("still", "fast")]
-    assert [json.loads(logs[1][-1])["lr"], json.loads(logs[0][0])["lr"]] == [fast, still]
-
-
-def test_smaller_images_and_more_of_them(copy, stage, capsys):
-    """--stored_size: no more numbers than the plain set has, and what students see is the enlarged image."""
-    run = [*DISTILL, "--out_dir", copy, "--init", "random", "--iters"]
-    stage("distill", [*run, "2", "--stored_size", "4", "--name", "small"])
-    stage("distill", [*run, "0", "--stored_size", "4", "--name", "small_subset"])
-    small, subset, plain = (read(copy / f"sets/{n}.pt") for n in ("small", "small_subset", "mkdt_random"))
-    assert small["image_size"] == plain["image_size"] == 8 and small["images"].shape[2:] == (4, 4)
-    numbers = [s["images"].numel() + s["targets"].numel() for s in (small, plain)]
-    assert numbers[1] - 16 - D < numbers[0] <= numbers[1] and len(small["images"]) > S
-    train = common.load_images("digits", "train", "data", limit=N)
-    real = common.normalise(train.images[subset["indices"]], train.mean, train.std)
-    assert torch.allclose(subset["images"], torch.nn.functional.avg_pool2d(real, 2), atol=1e-6)
-    assert not torch.equal(small["images"], subset["images"])
-    made = {"images_id": plain["images_id"], "targets_id": plain["targets_id"]}
-    images, targets, lr = evaluate.load_set(copy / "sets/small.pt", 1, 8, D, made)
-    assert images.shape == (len(targets), 1, 8, 8) and lr == small["lr"]
-    assert torch.equal(images, common.enlarge(small["images"], 8))
-    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "small", "small_subset"])
-    for wrong in ({"image_size": torch.tensor([8, 8])}, {"images": torch.zeros(len(targets), 1, 0, 0)}):
-        torch.save(small | wrong, copy / "sets/edited.pt")
-        load = functools.partial(evaluate.load_set, copy / "sets/edited.pt", 1, 8, D, made)
-        refuses(capsys, load, "edited.pt")
-    run[-1:] = ["--iters", "1", "--name", "new", "--stored_size"]
-    refuses(capsys, lambda: stage("distill", [*run, "8"]), "--stored_size 8", "8 px")
-    refuses(capsys, lambda: stage("distill", [*run, "4", "--method", "krr_st"]), "--stored_size", "krr_st")
-    line = refuses(capsys, lambda: stage("distill", [*run, "4", "--fraction", "1"]), "--fraction 1")
-    least, _, most = line.split()[-3:]  # what it advises is allowed
-    assert 0 < float(least) < float(most) < 1
-    for share in (least, most):
-        stage("distill", [*run, "4", "--fraction", share, "--iters", "0"])
-        assert 1 <= len(read(copy / "sets/new.pt")["images"]) <= N
-        (copy / "sets/new.pt").unlink()
-
-
-@pytest.mark.parametrize("centred", [False, True])
-def test_our_recipe_wants_centred_targets(copy, stage, capsys, centred):
-    """It says so of targets whose mean is large, and makes the set all the same."""
-    targets = read(copy / "targets.pt")["targets"].abs()
-    torch.save({"targets": targets - targets.mean(0) if centred else targets}, copy / "targets.pt")
-    shutil.rmtree(copy / "experts")
-    stage("train_experts", [*EXPERTS, "--out_dir", copy])
-    run = [*DISTILL, "--out_dir", copy, "--iters", "1", "--recipe", "best"]
-    stage("distill", run)
-    said = capsys.readouterr().err
-    assert ("warning" in said and "--centre" in said) != centred and (copy / "sets/best_random.pt").exists()
-
-
-def test_a_fork_needs_targets_only(copy, stage):
-    targets = read(copy / "targets.pt")["targets"]
-    shutil.rmtree(copy / "experts"), shutil.rmtree(copy / "sets")
-    torch.save({"targets": targets[:, :7]}, copy / "targets.pt")
-    stage("train_experts", [*EXPERTS, "--out_dir", copy])
-    stage("distill", [*DISTILL, "--out_dir", copy, "--iters", "1"])
-    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "mkdt_high_loss"])
-    assert read(copy / "sets/mkdt_high_loss.pt")["targets"].shape == (S, 7)
-
-
-# -- encoders and labels of the evaluation ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [["resnet10"], ["resnet18", "--norm", "instance"]])
-def test_larger_encoders(copy, stage, options):
-    run = [*EVALUATE, "--out_dir", copy, "--width", "4", "--image_size", "8", "--sets", "none", "mkdt_random"]
-    before = (copy / "results.jsonl").read_text()
-    stage("evaluate", [*run, "--arch", *options])
-    records = [json.loads(line) for line in (copy / "results.jsonl").read_text()[len(before) :].splitlines()]
-    assert len(records) == 8 and {r["options"]["arch"] for r in records} == {
-        options[0]
-    }  # nothing of the ConvNet
-
-
-def test_ssl_on_the_images_of_a_set(copy, stage, capsys):
-    """Both objectives of a set as rows of one table; no pre-training stays one row."""
-    before = (copy / "results.jsonl").read_text()
-    run = [*EVALUATE, "--out_dir", copy, "--sets", "none", "subset_random", "full"]
-    stage("evaluate", [*run, "--pretrain", "kd", "simclr", "barlow_twins"])
-    assert (copy / "results.jsonl").read_text().startswith(before)
-    table = (copy / "results.md").read_text()
-    for row in (
-        "no pre-training",
-        "random subset",
-        "random subset, pre-trained by SimCLR",
-        "full data, pre-trained by Barlow Twins",
-    ):
-        assert f"| {row} | " in table
-    assert table.count("| no pre-training") == 1 and "no pre-training," not in table
-    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "none", "full", "subset_random:simclr"])
-    rows = [line.split(" | ")[0].strip("| ") for line in (copy / "results.md").read_text().splitlines()[2:5]]
-    assert rows == ["no pre-training", "random subset, pre-trained by SimCLR", "full data"]
-    run = [*EVALUATE, "--out_dir", copy, "--sets", "subset_random:gan"]
-    refuses(capsys, lambda: stage("evaluate", run), "--sets", "subset_random:gan", "simclr")
-
-
-@pytest.mark.parametrize("objective", ["kd", "krr_st", "simclr", "barlow_twins"])
-def test_pretraining_lowers_its_loss(objective):
-    args = evaluate.parse_args([*DATA, "--width", "8", "--epochs", "30", "--krr_st_epochs", "30"])
-    torch.manual_seed(0)
-    net = evaluate.make_encoder(args, D, 8, 1)
-    images, targets = torch.randn(40, 1, 8, 8), torch.randn(40, D)
-    stats = torch.tensor([0.5]), torch.tensor([0.3])
-
-    def loss():
-        if objective in ("kd", "krr_st"):
-            return torch.nn.functional.mse_loss(net(images), targets).item()
-        x = common.denormalise(images, *stats)
-        views = [common.random_view(x, torch.Generator().manual_seed(i), flip=False) for i in range(2)]
-        return common.SSL[objective](*(net(common.normalise(view, *stats)) for view in views)).item()
-
-    before = loss()
-    data = common.ImageSet(None, None, *stats, flip=False)
-    evaluate.pretrain(net, objective, images, targets, data, 0.1, args, seed=0)
-    assert loss() < before
-
-
-def test_a_curve_of_accuracy_against_steps(copy, stage):
-    """A point is what a training of that length gives; untrained weights give the same at every one."""
-    run = [*EVALUATE, "--out_dir", copy, "--sets", "none", "mkdt_random", "--seeds", "0"]
-    (copy / "results.jsonl").unlink()
-    stage("evaluate", [*run, "--epochs", "3"])  # of one step each
-    stage("evaluate", [*run, "--probe_at", "5", "3", "1", "--name", "curve"])
-    records = [json.loads(line) for line in (copy / "results.jsonl").read_text().splitlines()]
-    found = {(r["set"], r.get("steps"), r["fraction"]): r["accuracy"] for r in records}
-    assert len(records) == len(found) == 16  # two sets and fractions, at the end and three points
-    for f in (0.2, 0.4):
-        assert found["mkdt_random", 3, f] == found["mkdt_random", None, f]
-        assert {found["none", steps, f] for steps in (1, 3, 5)} == {found["none", None, f]}
-    table = (copy / "curve.md").read_text()
-    heads = [f" {p} % labels, {steps} steps " for p in (20, 40) for steps in (1, 3, 5)]
-    assert table.splitlines()[0].split("|")[3:-1] == heads and "for the steps that are said" in table
-    before = (copy / "results.jsonl").read_bytes()
-    stage("evaluate", [*run, "--probe_at", "1", "3", "--name", "curve"])
-    assert (copy / "results.jsonl").read_bytes() == before  # these are known
-
-
-def test_a_curve_goes_on_with_its_own_points_only(copy, stage, capsys, monkeypatch):
-    """A checkpoint beyond the first points does not serve other fractions, which would miss some."""
-    run = [*EVALUATE, "--out_dir", copy, "--sets", "mkdt_random", "--seeds", "0", "--checkpoint_minutes", "0"]
-    run += ["--probe_at", "1", "4", "--name", "curve", "--fractions", "0.2"]
-    (copy / "results.jsonl").unlink()
-    real = evaluate.probe
-
-    def dies(*args):
-        if (copy / "results.jsonl").exists():
-            raise SystemExit(143)
-        return real(*args)
-
-    monkeypatch.setattr(evaluate, "probe", dies)
-    with pytest.raises(SystemExit):
-        stage("evaluate", run)
-    monkeypatch.setattr(evaluate, "probe", real)
-    before = (copy / "results.jsonl").read_text()
-    assert before.count("accuracy") == 1 and list(copy.glob("evaluate_*.checkpoint"))
-    refuses(capsys, lambda: stage("evaluate", [*run, "0.4"]), "checkpoint", "fractions")
-    stage("evaluate", run)
-    records = [json.loads(line) for line in (copy / "results.jsonl").read_text().splitlines()]
-    assert [r["steps"] for r in records] == [1, 4] and not list(copy.glob("evaluate_*.checkpoint"))
-
-
-def test_encoders_are_those_asked_for():
-    for options, parameters in [([], 1_348_608), (["--arch", "resnet10"], 4_898_112 + 512 * 513)]:
-        args = evaluate.parse_args(options)
-        net = evaluate.make_encoder(args, 512, 32, 3)
-        assert sum(p.numel() for p in net.parameters()) == parameters
-    instance = evaluate.make_encoder(
-        evaluate.parse_args(["--arch", "resnet18", "--norm", "instance"]), 512, 32, 3
-    )
-    assert not list(instance.buffers())
-
-
-@pytest.mark.parametrize("protocol", ["finetune", "finetune_slow", "finetune_krr_st"])
-def test_full_finetuning(copy, stage, protocol):
-    run = [*DATA, "--width", "8", "--out_dir", copy, "--protocol", protocol, "--seeds", "0", "--epochs", "2"]
-    before = (copy / "results.jsonl").read_text()
-    for steps in ("1", "150"):
-        stage("evaluate", [*run, "--sets", "none", "mkdt_random", "--finetune_steps", steps, "--name", steps])
-        assert f"full fine-tuning ({protocol})" in (copy / f"{steps}.md").read_text()
-    records = [json.loads(line) for line in (copy / "results.jsonl").read_text()[len(before) :].splitlines()]
-    assert [(r["set"], r["fraction"], r["options"]["finetune_steps"]) for r in records] == [
-        ("none", 1.0, 1), ("mkdt_random", 1.0, 1), ("none", 1.0, 150), ("mkdt_random", 1.0, 150)
-    ]  # fmt: skip
-    accuracies = [r["accuracy"] for r in records]
-    assert min(accuracies[2:]) > max(accuracies[:2])
-
-
-def test_finetuning_leaves_the_encoder_alone():
-    args = evaluate.parse_args([*DATA, "--width", "8", "--protocol", "finetune", "--finetune_steps", "3"])
-    train = common.load_images("digits", "train", "data", limit=N)
-    net = evaluate.make_encoder(args, D, 8, 1)
-    before = common.flatten(net)
-    evaluate.finetune(net, "digits", train, train, [0.5, 1.0], args, 0)
-    assert torch.equal(common.flatten(net), before)
-
-
-def test_random_crop():
-    """Every result is a window of the padded image or of its mirror image; all windows occur."""
-    image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8)
-    crops = evaluate.random_crop(image.expand(500, -1, -1, -1), torch.Generator().manual_seed(0), flip=True)
-    padded = torch.nn.functional.pad(image, [1] * 4)
-    windows = [padded[0, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
-    windows += [window.flip(2) for window in windows]
-    counts = [sum(torch.equal(crop, window) for crop in crops) for window in windows]
-    assert sum(counts) == 500 and min(counts) > 0
-    still = evaluate.random_crop(image.expand(50, -1, -1, -1), torch.Generator().manual_seed(0), flip=False)
-    assert all(any(torch.equal(crop, window) for window in windows[:9]) for crop in still)
-
-
-def test_balanced_labels():
-    labels = torch.tensor([0] * 50 + [1] * 6 + [2] * 2)
-    order = evaluate.label_order(labels, "balanced", seed=0)
-    assert sorted(order.tolist()) == list(range(58))
-    assert labels[order[:3]].sort().values.tolist() == [0, 1, 2]
-    assert labels[order[:6]].bincount().tolist() == [2, 2, 2]
-    assert labels[order[:10]].bincount().tolist() == [4, 4, 2]  # class 2 has no more
-    uniform = evaluate.label_order(labels, "uniform", seed=0)
-    assert sorted(uniform.tolist()) == list(range(58)) and not torch.equal(order, uniform)
-    assert not torch.equal(order, evaluate.label_order(labels, "balanced", seed=1))
-
-
-def test_seed_of_the_labels(copy, stage, monkeypatch):
-    """--label_seed draws the same labels for all seeds; without it each seed draws its own."""
-    seeds, label_order = [], evaluate.label_order
-    monkeypatch.setattr(
-        evaluate, "label_order", lambda *words: (seeds.append(words[2]), label_order(*words))[1]
-    )
-    run = [*EVALUATE, "--out_dir", copy, "--sets", "none"]
-    stage("evaluate", [*run, "--label_seed", "7"])
-    assert seeds == [7, 7]
-    stage("evaluate", [*run, "--seeds", "5", "6"])
-    assert seeds == [7, 7, 5, 6]
-
-
-# -- tables ------------------------------------------------------------------------------------------------
-
-
-def test_several_sets_of_a_method_are_one_row(copy, stage):
-    for seed in ("1", "2"):
-        for iters in ("0", "1"):
-            more = ["--out_dir", copy, "--iters", iters, "--init", "random", "--seed", seed]
-            stage("distill", [*DISTILL, *more])
-    assert (
-        read(copy / "sets/mkdt_random_seed1.pt")["images"] != read(copy / "sets/mkdt_random.pt")["images"]
-    ).any()
-    stage("evaluate", [*EVALUATE, "--out_dir", copy])
-    lines = [line.strip("| ").split(" | ") for line in (copy / "results.md").read_text().splitlines()]
-    rows = {line[0]: line for line in lines if len(line) > 2}
-    assert rows["MKDT (random init)"][1] == "3 x 2" and rows["MKDT"][1] == "2"
-    records = [json.loads(line) for line in (copy / "results.jsonl").read_text().splitlines()]
-
-    def matrix(name):
-        a = {(r["set"], r["seed"]): r["accuracy"] for r in records if r["fraction"] == 0.2}
-        return torch.tensor([[a[f"{name}{s}", seed] for seed in (0, 1)] for s in ("", "_seed1", "_seed2")])
-
-    x = matrix("mkdt_random")
-    within = (x.var(1).sum() / 3).sqrt()
-    assert rows["MKDT (random init)"][2] == f"{x.mean():.2f} ± {within:.2f}, sets ± {x.mean(1).std():.2f}"
-    d = x - matrix("subset_random")
-    error = (d.mean(0).var() / 2 + d.mean(1).var() / 3).sqrt()
-    assert rows["MKDT (random init)"][3] == f"{d.mean():+.2f} ± {error:.2f}"
-    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "mkdt_random_seed1"])
-    assert "| mkdt_random_seed1 | 2 | " in (copy / "results.md").read_text()
-
-
-def test_rows_that_failed_or_were_not_run(copy, stage, capsys):
-    """They show as such, with a line each; the rest is measured, and the exit status is 2."""
-    (copy / "sets/mkdt_high_loss.pt").write_bytes(b"not a set")
-    capsys.readouterr()
-    run = [*EVALUATE, "--out_dir", copy, "--sets", "none", "mkdt_high_loss", "krr_st_random", "full"]
-    with pytest.raises(SystemExit) as stop:
-        stage("evaluate", [*run, "--fractions", "0.001", "0.2", "--downstream", "digits", "imagefolder:/no"])
-    messages = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and all(message.startswith("error: ") for message in messages)
-    for words in ("mkdt_high_loss.pt", "krr_st_random.pt", "--fractions 0.001", "/no/train"):
-        assert sum(words in message for message in messages) == 1
-    lines = (copy / "results.md").read_text().splitlines()
-    assert lines[2].startswith("| no pre-training | 2 | failed | ") and "±" in lines[2]
-    assert "| KRR-ST | 0 | not run | not run |" in lines and "| MKDT | 2 | failed | failed |" in lines
-    assert "| pre-training set; labels of no | n | 0.1 % labels | 20 % labels |" in lines  # shown, all failed
-    assert lines.count("| full data | 2 | failed | failed |") == 1
-
-
-def test_the_papers_figures(copy, stage):
-    """Each has one place in results/paper.csv; a run on other images shows those of the first set beside."""
-    paper = evaluate.read_paper("table1", "cifar10", "convnet")
-    assert paper["cifar10", "mkdt_high_loss", "cifar10", 0.01] == ("44.36 ± 1.61", "paper")
-    assert paper["cifar10", "full", "flowers", 0.05] == ("6.37 ± 0.67", "paper") and len(paper) == 84
-    assert len(evaluate.read_paper("table2", "cifar100", "convnet")) == 16 * 7
-    larger = evaluate.read_paper("table5", "cifar100", "resnet18")
-    assert larger["cifar100", "mkdt_high_loss_1000", "cifar10", 0.05][0] == "46.10 ± 0.60"
-    assert evaluate.read_paper("table3", "tinyimagenet", "convnet") == {}  # not known
-    assert evaluate.read_paper("table7", "tinyimagenet", "convnet") == {}
-    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--paper", "table1", "--name", "table1"])
-    lines = (copy / "table1.md").read_text().splitlines()
-    assert lines[0].endswith(" | paper: cifar10, 1 % | paper: cifar10, 5 % |")
-    (row,) = [line for line in lines if line.startswith("| MKDT |")]
-    assert row.endswith(" | 44.36 ± 1.61 | 53.08 ± 0.13 |")
-
-
-def test_table_of_the_papers_own_sets():
-    """The paper's column stands right of ours; rows pre-trained in another way have none."""
-    rows = {(name, "kd"): [name] for name in ("subset_random", "mkdt_high_loss")}
-    rows["subset_random", "simclr"] = ["subset_random"]
-    rows = dict(sorted(rows.items(), reverse=True))
-    sets = ["cifar10", "dogs"]
-    cells = {(row, d, (0.01, None)): torch.tensor([[40.0, 42.0, 44.0]]) for row in rows for d in sets}
-    cells[("mkdt_high_loss", "kd"), "cifar10", (0.01, None)] = torch.tensor([[45.0, float("nan"), 47.0]])
-    paper = evaluate.read_paper("table1", "cifar10", "convnet")
-    text = evaluate.make_tables(cells, rows, sets, [(0.01, None)], paper, "cifar10")
-    first, second = text.split("\n\n")
-    assert first.splitlines() == [
-        "| pre-training set; labels of cifar10 | n | 1 % labels | difference | paper |",
-        "|---|---|---|---|---|",
-        "| random subset, pre-trained by SimCLR | 3 | 42.00 ± 2.00 | +0.00 ± 0.00 |  |",
-        "| random subset | 3 | 42.00 ± 2.00 |  | 36.35 ± 0.67 |",
-        "| MKDT | 3 | 46.00 ± 1.41 (1 of 3 seeds failed) | +4.00 ± 1.00 | 44.36 ± 1.61 |",
-    ]
-    assert second.splitlines()[4] == "| MKDT | 3 | 42.00 ± 2.00 | +0.00 ± 0.00 | 2.11 ± 0.28 |"
-
-
-def test_standard_error_of_a_difference():
-    """Sets of both rows count; those of the same distillation seeds are paired; what failed is left out."""
-    torch.manual_seed(0)
-    x, b = torch.randn(3, 4) * 5 + 50, torch.randn(3, 4) * 5 + 50
-
-    def of_mean(v):
-        return v.var() / len(v)
-
-    seeds = of_mean(x.mean(0) - b.mean(0))
-    paired = (seeds + of_mean((x - b).mean(1))) ** 0.5
-    apart = (seeds + of_mean(x.mean(1)) + of_mean(b.mean(1))) ** 0.5
-    d = x.mean() - b.mean()
-    assert evaluate.difference_text(x, b, True) == f"{d:+.2f} ± {paired:.2f}"
-    assert evaluate.difference_text(x, b, False) == f"{d:+.2f} ± {apart:.2f}"
-    one = (of_mean(x[0] - b.mean(0)) + of_mean(b.mean(1))) ** 0.5  # "full" against several subsets
-    assert evaluate.difference_text(x[:1], b, False) == f"{x[0].mean() - b.mean():+.2f} ± {one:.2f}"
-    assert evaluate.difference_text(x[:1, :1], b[:1, :1], True) == f"{x[0, 0] - b[0, 0]:+.2f}"
-    broken = x.clone()
-    broken[1], broken[0, 2] = float("nan"), float("nan")
-    rest, base = x[[0, 2]][:, [0, 1, 3]], b[:, [0, 1, 3]]
-    error = of_mean(rest.mean(0) - base.mean(0)) + of_mean(rest.mean(1)) + of_mean(base.mean(1))
-    text = f"{rest.mean() - base.mean():+.2f} ± {error**0.5:.2f}"
-    assert evaluate.difference_text(broken, b, True) == text
-    assert evaluate.accuracy_text(broken).endswith("(1 of 3 sets failed) (1 of 4 seeds failed)")
-    assert evaluate.difference_text(broken * float("nan"), b, True) == ""
-    assert evaluate.accuracy_text(None) == "not run" and evaluate.accuracy_text(b * float("nan")) == "failed"
-
-
-def test_one_broken_set_of_several_shows(copy, stage, capsys):
-    stage("distill", [*DISTILL, "--out_dir", copy, "--iters", "0", "--init", "random", "--seed", "1"])
-    (copy / "sets/subset_random_seed1.pt").write_bytes(b"broken")
-    run = [*EVALUATE, "--out_dir", copy, "--sets", "none", "subset_random"]
-    refuses(capsys, lambda: stage("evaluate", run), "subset_random_seed1.pt", "move it away")
-    table = (copy / "results.md").read_text()
-    assert "| random subset | 2 x 2 | " in table and "(1 of 2 sets failed)" in table
-
-
-def test_none_and_full_have_one_meaning(copy, stage):
-    """A set with the name of a repetition of theirs is not theirs."""
-    shutil.copy(copy / "sets/subset_random.pt", copy / "sets/full_seed1.pt")
-    table = (copy / "results.md").read_text().splitlines()
-    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "none", "full"])
-    again = (copy / "results.md").read_text().splitlines()
-    assert [line.split(" | ")[2] for line in again[2:4]] == [
-        line.split(" | ")[2] for line in (table[2], table[7])
-    ]
-
-
-def test_sets_that_are_too_small(copy, stage, capsys):
-    contents = read(copy / "sets/subset_random.pt")
-    few = {name: contents[name][:1].clone() for name in ("images", "targets")}
-    torch.save({**contents, **few}, copy / "sets/one.pt")
-    run = [*EVALUATE, "--out_dir", copy, "--seeds", "0", "--sets"]
-    stage("evaluate", [*run, "one"])
-    refuses(capsys, lambda: stage("evaluate", [*run, "one:simclr"]), "1 images in batches of 256", "simclr")
-    resnet = ["--arch", "resnet10", "--norm", "instance", "--width", "2"]
-    refuses(capsys, lambda: stage("evaluate", [*run, "one", *resnet]), "1 images in batches of 256", "kd")
-    empty = {name: contents[name][:0].clone() for name in ("images", "targets")}
-    torch.save({**contents, **empty}, copy / "sets/one.pt")
-    refuses(capsys, lambda: stage("evaluate", [*run, "one"]), "one.pt", "0 targets")
-
-
-@pytest.mark.parametrize("norm", ["batch", "instance"])
-@pytest.mark.parametrize("protocol", ["linear", "finetune"])
-def test_last_batches_of_one_image(copy, stage, protocol, norm):
-    """ResNets leave them out; their last map of 8 px images keeps what instance norm needs."""
-    run = [*EVALUATE, "--out_dir", copy, "--seeds", "0", "--width", "4", "--sets", "subset_random"]
-    more = ["--batch_size", "7", "--protocol", protocol, "--finetune_steps", "2", "--fractions", "0.2"]
-    stage("evaluate", [*run, *more, "--arch", "resnet10", "--norm", norm])
-    net = evaluate.make_encoder(
-        evaluate.parse_args(["--arch", "resnet10", "--norm", norm, "--width", "4"]), D, 8, 1
-    )
-    features = net.eval().features(torch.randn(2, 1, 8, 8))
-    assert features.shape == (2, 32) and (features[0] != features[1]).any()
-
-
-def test_encoders_that_diverged_have_no_accuracy(copy, stage, capsys):
-    run = [*EVALUATE, "--out_dir", copy, "--seeds", "0", "--sets", "full", "--lr", "1e15", "--epochs", "1"]
-    for protocol in ("linear", "finetune"):
-        stop = lambda p=protocol: stage("evaluate", [*run, "--batch_size", "200", "--protocol", p])  # noqa: E731
-        refuses(capsys, stop, "diverged")
-        assert "| full data | 1 | failed |" in (copy / "results.md").read_text()
-
-
-@pytest.mark.parametrize("text", [b"\xff\xfe", b"a,b\n1,2\n", b"table,arch\ntable1,convnet\n"])
-def test_broken_file_of_the_papers_figures(tmp_path, monkeypatch, capsys, text):
-    (tmp_path / "paper.csv").write_bytes(text)
-    monkeypatch.setattr(evaluate, "PAPER", tmp_path / "paper.csv")
-    refuses(capsys, lambda: evaluate.read_paper("table1", "cifar10", "convnet"), "paper.csv", "--paper")
-
-
-# -- the teacher ---------------------------------------------------------------------------------------------
-
-
-def test_targets_of_a_finished_teacher(copy, stage):
-    """Stopped between the two files: the teacher is not trained again."""
-    before = read(copy / "targets.pt")["targets"]
-    teacher = (copy / "teacher.pt").read_bytes()
-    (copy / "targets.pt").unlink()
-    stage("train_teacher", [*TEACHER, "--out_dir", copy])
-    assert torch.equal(read(copy / "targets.pt")["targets"], before)
-    assert (copy / "teacher.pt").read_bytes() == teacher
-
-
-def test_simclr_teacher(tmp_path, stage):
-    stage("train_teacher", [*TEACHER, "--ssl", "simclr", "--out_dir", tmp_path])
-    assert read(tmp_path / "targets.pt")["targets"].isfinite().all()
-
-
-def test_own_teacher(run_dir, tmp_path, stage, capsys):
-    """--init_from with --epochs 0 gives another encoder's targets, of a teacher.pt or a plain state dict."""
-    weights = read(run_dir / "teacher.pt")["encoder"]
-    torch.save({**weights, "fc.weight": torch.zeros(3, D)}, tmp_path / "own.pt")
-    for i, source in enumerate([run_dir / "teacher.pt", tmp_path / "own.pt"]):
-        stage(
-            "train_teacher",
-            [*TEACHER, "--epochs", "0", "--init_from", source, "--out_dir", tmp_path / str(i)],
-        )
-        ours = read(tmp_path / str(i) / "targets.pt")["targets"]
-        torch.testing.assert_close(ours, read(run_dir / "targets.pt")["targets"])
-    wide = [
-        *TEACHER,
-        "--width",
-        "8",
-        "--epochs",
-        "0",
-        "--init_from",
-        tmp_path / "own.pt",
-        "--out_dir",
-        tmp_path / "2",
-    ]
-    refuses(capsys, lambda: stage("train_teacher", wide), "own.pt", "--width 8")
-    for wrong in ([1], {1: torch.ones(2)}, {"encoder": 3}, torch.ones(2)):
-        torch.save(wrong, tmp_path / "own.pt")
-        refuses(capsys, lambda: stage("train_teacher", wide), "own.pt")
-    poisoned = {name: value * float("nan") for name, value in weights.items()}
-    torch.save(poisoned, tmp_path / "own.pt")
-    run = [*TEACHER, "--epochs", "0", "--init_from", tmp_path / "own.pt", "--out_dir", tmp_path / "2"]
-    refuses(capsys, lambda: stage("train_teacher", run), "finite")
-    assert not (tmp_path / "2/teacher.pt").exists()
-
-
-def test_compile(copy, stage, monkeypatch, capsys):
+def test_compile(copy, monkeypatch):
     """--compile makes the same experts and set, up to rounding; a finished run does not mind it."""
-    before = read(copy / "experts/0001.pt")["trajectory"], read(copy / "sets/mkdt_random.pt")["images"]
-    compile = torch.compile
-    # aot_eager is no good here: that of torch 2.14 mistakes the strides of one channel.
-    monkeypatch.setattr(torch, "compile", functools.partial(compile, backend="eager"))
-    stage("train_experts", [*EXPERTS, "--out_dir", copy, "--compile"])  # nothing to do
-    set_run = [*DISTILL, "--out_dir", copy, "--init", "random", "--iters", "1", "--compile"]
-    stage("distill", set_run)
-    assert torch.equal(before[0], read(copy / "experts/0001.pt")["trajectory"])
-    (copy / "experts/0001.pt").unlink()
-    (copy / "sets/mkdt_random.pt").unlink()
-    stage("train_experts", [*EXPERTS, "--out_dir", copy, "--compile"])
-    stage("distill", set_run)
-    torch.testing.assert_close(read(copy / "experts/0001.pt")["trajectory"], before[0], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(read(copy / "sets/mkdt_random.pt")["images"], before[1], rtol=1e-3, atol=1e-4)
+    expert, made, compile = copy / "experts/0001.pt", copy / "sets/mkdt_random.pt", torch.compile
+
+    def both(backend):
+        monkeypatch.setattr(torch, "compile", functools.partial(compile, backend=backend))
+        run("train_experts", copy, "--compile")
+        run("distill", copy, "--init random --iters 1 --compile")
+        return read(expert)["trajectory"], read(made)["images"]
 
     def no_compiler(graph, inputs):
         raise RuntimeError("no C++ compiler found")
 
-    monkeypatch.setattr(torch, "compile", functools.partial(compile, backend=no_compiler))
-    (copy / "sets/mkdt_random.pt").unlink()
-    refuses(capsys, lambda: stage("distill", set_run), "--compile", "C++ compiler", "--no-compile")
+    before = both(no_compiler)  # nothing to do
+    expert.unlink()
+    made.unlink()
+    for a, b in zip(both("eager"), before):  # aot_eager of torch 2.14 mistakes the strides of one channel
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    made.unlink()
+    refuses(lambda: both(no_compiler), "--compile", "C++ compiler", "--no-compile")
+
+
+# -- students and data of a fork -----------------------------------------------------------------------------
+
+
+class Attention(common.ConvNet):
+    """A small ViT: patches of 2 px and a block of attention."""
+
+    def __init__(self, out_dim, image_size, channels, width, depth):
+        super().__init__(out_dim, image_size, channels, width, depth=1)
+        self.body = nn.Conv2d(channels, width, 2, 2)
+        self.block = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True)
+
+    def features(self, x):
+        return self.block(self.body(x).flatten(2).transpose(1, 2)).flatten(1)
+
+
+CHANGES = {  # of the paper's student
+    "attention": lambda net: None,
+    "dropout": lambda net: net.body.append(nn.Dropout(0.3)),
+    "batch_norm": lambda net: setattr(net.body, "1", nn.BatchNorm2d(8)),
+    "frozen": lambda net: net.head.bias.requires_grad_(False),
+}
+
+
+@pytest.fixture
+def fork(copy, monkeypatch):
+    """fork(kind): the folder of a run with a teacher, to which students of one's own come."""
+
+    def fork(kind):
+        def make_student(*words):
+            net = (Attention if kind == "attention" else common.ConvNet)(*words[:4], words[4] or 2)
+            CHANGES[kind](net)
+            return net
+
+        monkeypatch.setattr(common, "make_student", make_student)
+        shutil.rmtree(copy / "experts")
+        return copy
+
+    return fork
+
+
+@pytest.mark.parametrize("kind", ["dropout", "attention"])
+def test_a_student_of_ones_own(fork, kind):
+    """With targets of one's own, of which the file needs no more."""
+    folder = fork(kind)
+    torch.save({"targets": read(folder / "targets.pt")["targets"][:, :7]}, folder / "targets.pt")
+    run("train_experts", folder)
+    assert read(folder / "experts/0000.pt")["trajectory"].isfinite().all()
+    for name in ("fork", "again"):  # what is random follows from the seed
+        run("distill", folder, f"--init random --iters 2 --name {name}")
+    first, again = (read(folder / f"sets/{name}.pt") for name in ("fork", "again"))
+    assert torch.equal(first["images"], again["images"]) and first["lr"] == again["lr"]
+    assert (first["images"] != read(folder / "sets/subset_random.pt")["images"]).any()
+    assert first["targets"].shape == (S, 7)
+    run("evaluate", folder, "--sets none fork")
+    assert {"no pre-training", "fork"} <= set(rows(folder / "results.md"))
+
+
+@pytest.mark.parametrize("kind, words", [("batch_norm", "GroupNorm"), ("frozen", "head.bias is frozen")])
+def test_students_that_no_trajectory_holds(fork, kind, words):
+    folder = fork(kind)
+    refused("train_experts", folder, "", words)
+    assert not list(folder.glob("experts/*"))
+
+
+def test_students_of_ones_own_compiled(fork, monkeypatch):
+    """Attention is fused like all else; a student that draws is refused."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    folder, options = fork("attention"), "--init random --iters 1 --name"
+    run("train_experts", folder, "--compile")
+    run("distill", folder, f"{options} plain")
+    run("distill", folder, f"{options} compiled --compile")
+    plain, compiled = (read(folder / f"sets/{name}.pt")["images"] for name in ("plain", "compiled"))
+    torch.testing.assert_close(plain, compiled, rtol=1e-3, atol=1e-4)
+    run("train_experts", fork("dropout"))
+    refused("distill", folder, f"{options} x --compile", "--compile", "--no-compile")
 
 
 @pytest.mark.parametrize("width", [4, 8])
-def test_layout_of_narrow_networks(copy, stage, monkeypatch, width):
+def test_layout_of_narrow_networks(copy, monkeypatch, width):
     """No convolution with fewer than 8 channels sees channels_last, in which oneDNN corrupts memory."""
     seen, forward = [], torch.nn.Conv2d._conv_forward
 
@@ -848,307 +529,324 @@ def test_layout_of_narrow_networks(copy, stage, monkeypatch, width):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     for path in ("targets.pt", "teacher.pt", "experts/0001.pt"):
         (copy / path).unlink()
-    stage("train_teacher", [*TEACHER, "--out_dir", copy, "--width", width])
+    run("train_teacher", copy, f"--width {width}")
     assert any(seen) == (width == 8)
     seen.clear()
     shutil.rmtree(copy / "experts")
-    student = ["--width", width, "--out_dir", copy, "--compile"]
-    stage("train_experts", [*EXPERTS, *student])
-    stage("distill", [*DISTILL, *student, "--init", "random", "--iters", "1", "--name", "new"])
+    run("train_experts", copy, f"--width {width} --compile")
+    run("distill", copy, f"--width {width} --compile --init random --iters 1 --name new")
     assert seen and any(seen) == (width == 8)
+
+
+def test_images_without_labels(tmp_path, capsys):
+    """images:DIR through all stages, judged by a labelled folder whose test images are of one class."""
+    def write(path, i):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+
+    for i in range(30):
+        write(tmp_path / f"photos/{i % 3}/{i}.png", i)
+        write(tmp_path / f"judge/{'train' if i % 3 else 'test'}/{'ab'[i % 3 // 2]}/{i}.png", i)
+    folder, judge = tmp_path / "run", f"imagefolder:{tmp_path / 'judge'}"
+    photos = f"--dataset images:{tmp_path / 'photos'} --data_dir {tmp_path} --image_size 8"
+    run("train_teacher", folder, f"{photos} --ssl simclr --batch_size 10")
+    assert not any("probe_accuracy" in record for record in log(folder / "train_teacher.jsonl"))
+    refused("train_experts", folder, f"{photos} --objective supervised", "supervised", "no labels")
+    run("train_experts", folder, f"{photos} --batch_size 10")
+    refused("distill", folder, f"{photos} --init sas --iters 0", "--init sas", "--num_latent_classes")
+    run("distill", folder, f"{photos} --init sas --iters 0 --num_latent_classes 3")
+    run("distill", folder, f"{photos} --iters 1 --batch_syn 2")
+    options = [*EVALUATE, *photos.split(), "--out_dir", folder]
+    refuses(lambda: evaluate.parse_args([str(word) for word in options]), "no labels", "--downstream")
+    refused("evaluate", folder, f"{photos} --downstream images:{tmp_path / 'photos'}", "no labels")
+    run("evaluate", folder, f"{photos} --downstream {judge}")
+    text, titles = (folder / "results.md").read_text(), {"no pre-training", "SAS subset", "MKDT", "full data"}
+    assert titles | {"pre-training set; labels of judge"} == set(rows(folder / "results.md"))
+    assert f"of {judge} are of one class, or all alike: nothing to tell apart" in text
+
+
+@pytest.mark.parametrize("protocol", ["linear", "finetune"])
+@pytest.mark.parametrize("options", ["resnet10 --norm batch", "resnet18 --norm instance"])
+def test_larger_encoders(copy, options, protocol):
+    """They leave out last batches of one image; the last map of 8 px images is what instance norm needs."""
+    (copy / "results.jsonl").unlink()
+    net = f"--width 4 --arch {options}"
+    run("evaluate", copy, f"{TWO_CELLS} {net} --batch_size 7 --protocol {protocol} --finetune_steps 2")
+    records = log(copy / "results.jsonl")
+    assert len(records) == 4 and {r["options"]["arch"] for r in records} == {options.split()[0]}
+    net = evaluate.make_encoder(evaluate.parse_args(net.split()), D, 8, 1)
+    a, b = net.eval().features(torch.randn(2, 1, 8, 8))
+    assert a.shape == (32,) and (a != b).any() and bool(list(net.buffers())) == ("batch" in options)
+
+
+def test_ssl_on_the_images_of_a_set(copy):
+    """All objectives of a set as rows of one table; no pre-training stays one row."""
+    before = (copy / "results.jsonl").read_text()
+    run("evaluate", copy, "--sets none subset_random full --pretrain kd simclr barlow_twins")
+    assert (copy / "results.jsonl").read_text().startswith(before)
+    base, full = ([name, f"{name}, pre-trained by SimCLR", f"{name}, pre-trained by Barlow Twins"]
+                  for name in ("random subset", "full data"))
+    assert list(rows(copy / "results.md"))[1:] == ["no pre-training", *base, *full]
+    run("evaluate", copy, "--sets none full subset_random:simclr")
+    assert list(rows(copy / "results.md"))[1:] == ["no pre-training", base[1], "full data"]
+    refused("evaluate", copy, "--sets subset_random:gan", "--sets", "subset_random:gan", "simclr")
+
+
+@pytest.mark.parametrize("objective", ["kd", "krr_st", "simclr", "barlow_twins"])
+def test_pretraining_lowers_its_loss(objective):
+    args = evaluate.parse_args([*DATA, "--width", "8", "--epochs", "30", "--krr_st_epochs", "30"])
+    torch.manual_seed(0)
+    net, images, targets = evaluate.make_encoder(args, D, 8, 1), torch.randn(40, 1, 8, 8), torch.randn(40, D)
+    data = common.ImageSet(None, None, torch.tensor([0.5]), torch.tensor([0.3]), flip=False)
+
+    def loss():
+        name = "kd" if objective == "krr_st" else objective
+        return common.student_loss(name, net, images, targets, data, common.generator("cpu", 0)).item()
+
+    before = loss()
+    evaluate.pretrain(net, objective, images, targets, data, 0.1, args, seed=0)
+    assert loss() < before
+
+
+def test_a_curve_of_accuracy_against_steps(copy):
+    """A point is what a training of that length gives; untrained weights give the same at every one."""
+    (copy / "results.jsonl").unlink()
+    run("evaluate", copy, f"{TWO_CELLS} --epochs 3")  # of one step each
+    run("evaluate", copy, f"{TWO_CELLS} --probe_at 5 3 1 --name curve")
+    records = log(copy / "results.jsonl")
+    found = {(r["set"], r["steps"], r["fraction"]): r["accuracy"] for r in records}
+    assert len(records) == len(found) == 16  # two sets and fractions, at the end and three points
+    for f in (0.2, 0.4):
+        assert found["mkdt_random", 3, f] == found["mkdt_random", None, f]
+        assert {found["none", steps, f] for steps in (1, 3, 5)} == {found["none", None, f]}
+    heads = [f"{p} % labels, {steps} steps" for p in (20, 40) for steps in (1, 3, 5)]
+    assert rows(copy / "curve.md")["pre-training set; labels of digits"] == ["n", *heads]
+    run("evaluate", copy, f"{TWO_CELLS} --probe_at 1 3 --name curve")
+    assert log(copy / "results.jsonl") == records and not list(copy.glob("evaluate_*.checkpoint"))
+
+
+@pytest.mark.parametrize("protocol", ["finetune", "finetune_slow", "finetune_krr_st"])
+def test_full_finetuning(copy, protocol):
+    (copy / "results.jsonl").unlink()
+    for steps in (1, 150):
+        options = f"--protocol {protocol} --finetune_steps {steps} --fractions 1 --name steps{steps}"
+        run("evaluate", copy, f"{TWO_CELLS} {options}")
+        assert f"full fine-tuning ({protocol})" in (copy / f"steps{steps}.md").read_text()
+    records = log(copy / "results.jsonl")
+    expected = [(name, 1.0, steps) for steps in (1, 150) for name in ("none", "mkdt_random")]
+    assert [(r["set"], r["fraction"], r["options"]["finetune_steps"]) for r in records] == expected
+    accuracies = [r["accuracy"] for r in records]
+    assert min(accuracies[2:]) > max(accuracies[:2])
+    args = evaluate.parse_args([*DATA, "--width", "8", "--protocol", protocol, "--finetune_steps", "3"])
+    net, train = evaluate.make_encoder(args, D, 8, 1), digits()
+    before = common.flatten(net)
+    evaluate.finetune(net, train, train, [0.5, 1.0], args, 0, True)
+    assert torch.equal(common.flatten(net), before)  # which other fractions start from
+
+
+def test_random_crop():
+    """Every result is a window of the padded image or of its mirror image; all windows occur."""
+    image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8)
+    padded = F.pad(image, [1] * 4)
+    windows = [padded[0, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+    for flip in (False, True):
+        windows += [window.flip(2) for window in windows] if flip else []
+        draws = common.generator("cpu", 0)
+        crops = evaluate.random_crop(image.expand(500, -1, -1, -1), draws, flip)
+        counts = [sum(torch.equal(crop, window) for crop in crops) for window in windows]
+        assert sum(counts) == 500 and min(counts) > 0
+
+
+def test_seed_of_the_labels(copy, monkeypatch):
+    """--label_seed draws the same labels for all seeds; without it each seed draws its own."""
+    seeds, label_order = [], evaluate.label_order
+    monkeypatch.setattr(evaluate, "label_order", lambda n, s: (seeds.append(s), label_order(n, s))[1])
+    run("evaluate", copy, "--sets none --label_seed 7")
+    run("evaluate", copy, "--sets none --seeds 5 6")
+    assert seeds == [7, 7, 5, 6] and not torch.equal(label_order(9, 5), label_order(9, 6))
+
+
+# -- tables --------------------------------------------------------------------------------------------------
+
+
+def test_several_sets_of_a_method_are_one_row(copy, capsys):
+    """With the std of their means; one that is broken shows."""
+    for seed in (1, 2):
+        for iters in (0, 1):
+            run("distill", copy, f"--iters {iters} --init random --seed {seed}")
+    shutil.copy(copy / "sets/subset_random.pt", copy / "sets/full_seed1.pt")  # is not one of full data
+    run("evaluate", copy)
+    x, base = (accuracies(copy, *(f"{name}_random{seed}" for seed in ("", "_seed1", "_seed2")))
+               for name in ("mkdt", "subset"))
+    d, within = x - base, (x.var(1, ddof=1).sum() / 3) ** 0.5
+    error = (d.mean(0).var(ddof=1) / 2 + d.mean(1).var(ddof=1) / 3) ** 0.5
+    table = rows(copy / "results.md")
+    assert table["MKDT"][0] == table["full data"][0] == "2"
+    assert table["MKDT (random init)"][:3] == [
+        "3 x 2", f"{x.mean():.2f} ± {within:.2f}, sets ± {x.mean(1).std(ddof=1):.2f}",
+        f"{d.mean():+.2f} ± {error:.2f}"]
+    (copy / "sets/mkdt_random_seed2.pt").write_bytes(b"broken")
+    fails(capsys, copy, "--sets mkdt_random_seed1 mkdt_random", "move it away")
+    table = rows(copy / "results.md")
+    n, accuracy, *_ = table["MKDT (random init)"]
+    assert table["mkdt_random_seed1"][0] == "2" and n == "3 x 2" and accuracy.endswith(" (2 failed)")
+
+
+def test_rows_that_failed_or_were_not_run(copy, capsys):
+    """They show as such, with a line each; the rest is measured, and the exit status is 2."""
+    (copy / "sets/mkdt_high_loss.pt").write_bytes(b"not a set")
+    sets = "--sets none subset_random mkdt_high_loss krr_st_random"
+    where = "--downstream digits imagefolder:/no"
+    fails(capsys, copy, f"{sets} {where}", "mkdt_high_loss.pt", "krr_st_random.pt", "/no/train")
+    known, unknown = (copy / "results.md").read_text().split("\n\n")[:2]
+    for text, title in ((known, "digits"), (unknown, "no")):
+        assert text.startswith(f"| pre-training set; labels of {title} | n | 20 % labels | difference |")
+        assert "| KRR-ST | 0 | not run |  | not run |  |" in text
+        assert "| MKDT | 2 | failed |  | failed |  |" in text
+    assert "| random subset | 2 | failed |  | failed |  |" in unknown and "±" in known
+    fails(capsys, copy, f"{sets} --fractions 0.001 0.2", "mkdt_high_loss.pt", "krr_st", "--fractions 0.001")
+
+
+def test_the_papers_figures(copy, tmp_path, monkeypatch):
+    """Each has one place in results/paper.csv; a run on other images shows those of the first set beside."""
+    paper = evaluate.read_paper("table1", "cifar10", "convnet")
+    assert paper["cifar10", "mkdt_high_loss", "cifar10", 0.01] == ("44.36 ± 1.61", "paper")
+    assert paper["cifar10", "full", "flowers", 0.05] == ("6.37 ± 0.67", "paper") and len(paper) == 84
+    larger = evaluate.read_paper("table5", "cifar100", "resnet18")
+    assert larger["cifar100", "mkdt_high_loss_1000", "cifar10", 0.05][0] == "46.10 ± 0.60"
+    assert len(evaluate.read_paper("table2", "cifar100", "convnet")) == 16 * 7
+    assert evaluate.read_paper("table3", "tinyimagenet", "convnet") == {}  # not known
+    run("evaluate", copy, "--paper table1 --name table1")
+    table = rows(copy / "table1.md")
+    assert table["pre-training set; labels of digits"][-2:] == ["paper: cifar10, 1 %", "paper: cifar10, 5 %"]
+    assert table["MKDT"][-2:] == ["44.36 ± 1.61", "53.08 ± 0.13"]
+    monkeypatch.setattr(evaluate, "PAPER", tmp_path / "paper.csv")
+    for text in (b"\xff\xfe", b"a,b\n1,2\n", b"table,arch\ntable1,convnet\n"):
+        evaluate.PAPER.write_bytes(text)
+        refuses(lambda: evaluate.read_paper("table1", "cifar10", "convnet"), "paper.csv", "--paper")
+
+
+def test_table_of_the_papers_own_sets():
+    """The paper's column stands right of ours; rows pre-trained in another way have none."""
+    members = {(name, "kd"): [name] for name in ("subset_random", "mkdt_high_loss")}
+    members = {("subset_random", "simclr"): ["subset_random"], **members}
+    sets = ["cifar10", "dogs"]
+    table = {(row, d, 0.01, None): np.array([[40.0, 42.0, 44.0]]) for row in members for d in sets}
+    table[("mkdt_high_loss", "kd"), "cifar10", 0.01, None] = np.array([[45.0, np.nan, 47.0]])
+    paper = evaluate.read_paper("table1", "cifar10", "convnet")
+    text = evaluate.make_tables(table, members, sets, [(0.01, None)], paper, "cifar10")
+    first, second = text.split("\n\n")
+    assert first.splitlines() == [
+        "| pre-training set; labels of cifar10 | n | 1 % labels | difference | paper: 1 % |",
+        "|---|---|---|---|---|",
+        "| random subset, pre-trained by SimCLR | 3 | 42.00 ± 2.00 | +0.00 ± 0.00 |  |",
+        "| random subset | 3 | 42.00 ± 2.00 |  | 36.35 ± 0.67 |",
+        "| MKDT | 3 | 46.00 ± 1.41 (1 failed) |  | 44.36 ± 1.61 |",
+    ]
+    assert second.splitlines()[4] == "| MKDT | 3 | 42.00 ± 2.00 | +0.00 ± 0.00 | 2.11 ± 0.28 |"
+
+
+def test_standard_error_of_a_difference():
+    """Sets of both rows count; those of the same distillation seeds are paired; none where one failed."""
+    x, b = np.random.default_rng(0).normal(50, 5, (2, 3, 4))
+
+    def of_mean(v):
+        return v.var(ddof=1) / len(v)
+
+    d, seeds = x.mean() - b.mean(), of_mean(x.mean(0) - b.mean(0))
+    paired = (seeds + of_mean((x - b).mean(1))) ** 0.5
+    apart = (seeds + of_mean(x.mean(1)) + of_mean(b.mean(1))) ** 0.5
+    one = (of_mean(x[0] - b.mean(0)) + of_mean(b.mean(1))) ** 0.5  # "full" against several subsets
+    assert evaluate.difference_text(x, b, True) == f"{d:+.2f} ± {paired:.2f}"
+    assert evaluate.difference_text(x, b, False) == f"{d:+.2f} ± {apart:.2f}"
+    assert evaluate.difference_text(x[:1], b, False) == f"{x[0].mean() - b.mean():+.2f} ± {one:.2f}"
+    assert evaluate.difference_text(x[:1, :1], b[:1, :1], True) == f"{x[0, 0] - b[0, 0]:+.2f}"
+    rest = evaluate.accuracy_text(x[[0, 2]][:, [0, 1, 3]])  # seeds that all sets have, of those that have any
+    x[1] = x[0, 2] = np.nan
+    assert evaluate.accuracy_text(x) == rest + " (5 failed)"
+    assert evaluate.difference_text(x, b, True) == evaluate.difference_text(None, b, True) == ""
+    assert evaluate.accuracy_text(None) == "not run" and evaluate.accuracy_text(b * np.nan) == "failed"
 
 
 # -- files that do not belong together, and options that cannot be -------------------------------------------
 
 
-def test_missing_files(tmp_path, stage, capsys):
-    out = ["--out_dir", tmp_path]
-    for name, options in [("train_experts", EXPERTS), ("distill", DISTILL), ("evaluate", EVALUATE)]:
-        refuses(capsys, lambda n=name, o=options: stage(n, [*o, *out]), "targets.pt", "train_teacher.py")
-
-
-def test_no_experts(copy, stage, capsys):
-    shutil.rmtree(copy / "experts")
-    refuses(
-        capsys,
-        lambda: stage("distill", [*DISTILL, "--out_dir", copy, "--name", "x"]),
-        "experts",
-        "train_experts.py",
-    )
-
-
-def test_other_length_and_other_images(copy, stage, capsys):
-    other = [*EXPERTS, "--out_dir", copy, "--limit", "100"]
-    refuses(capsys, lambda: stage("train_experts", other), "150 targets", "100 training images")
-    other = [*EXPERTS, "--out_dir", copy, "--image_size", "16"]
-    refuses(capsys, lambda: stage("train_experts", other), "other images", "16 px")
-
-
-def test_broken_targets(copy, stage, capsys):
-    torch.save({"targets": torch.full((N, D), float("nan"))}, copy / "targets.pt")
-    refuses(capsys, lambda: stage("train_experts", [*EXPERTS, "--out_dir", copy]), "targets.pt", "finite")
-
-
-def test_other_options_do_not_overwrite(copy, stage, capsys):
+def test_files_of_another_run(copy, tmp_path, capsys):
+    """Missing, made with other options, or of other images or targets than those there now."""
     before = (copy / "experts/0000.pt").read_bytes()
-    run = [*EXPERTS, "--out_dir", copy, "--lr", "0.05"]
-    refuses(capsys, lambda: stage("train_experts", run), "experts/0000.pt", "--lr 0.1", "--lr 0.05")
+    for name, options, *words in [
+        ("train_teacher", "--seed 5", "targets.pt", "--seed 0", "--seed 5"),
+        ("train_experts", "--lr 0.05", "experts/0000.pt", "--lr 0.1", "--lr 0.05"),
+        ("train_experts", "--limit 100", "150 targets", "100 of digits"),
+        ("train_experts", "--image_size 16", "other images", "16 px"),
+        ("distill", "--iters 1 --lr_img 7", "mkdt_high_loss.pt", "--lr_img"),
+        *((name, f"--out_dir {tmp_path}/new {more}", "targets.pt", "train_teacher.py") for name, more in (
+            ("train_experts", ""), ("distill", "--init random --iters 0"), ("evaluate", ""))),
+    ]:
+        refused(name, copy, options, *words)
     assert (copy / "experts/0000.pt").read_bytes() == before
-    run = [*TEACHER, "--out_dir", copy, "--seed", "5"]
-    refuses(capsys, lambda: stage("train_teacher", run), "targets.pt", "--seed 0", "--seed 5")
-    run = [*DISTILL, "--out_dir", copy, "--iters", "1", "--lr_img", "7"]
-    refuses(capsys, lambda: stage("distill", run), "mkdt_high_loss.pt", "--lr_img")
-
-
-def test_experts_of_another_network(copy, stage, capsys):
-    run = [*DISTILL, "--out_dir", copy, "--width", "12", "--name", "x"]
-    refuses(capsys, lambda: stage("distill", run), "experts/0000.pt", "--width")
-
-
-def test_mixed_experts(copy, stage, capsys):
-    """Refused by the option that differs; an expert from before an option was there goes with its default."""
-    path, run = copy / "experts/0002.pt", [*DISTILL, "--out_dir", copy, "--iters", "1", "--name"]
-    expert = read(path)
-    made = expert["options"]["train_experts"]
-    for option, value in (("lr", 0.05), ("ema", 0.9)):
-        torch.save({**expert, "options": {"train_experts": {**made, option: value}}}, path)
-        refuses(capsys, lambda: stage("distill", [*run, "x"]), "0002.pt", f"--{option} {value}", "0000.pt")
-    older = {name: made[name] for name in made if name not in ("ema", "sam")}
-    torch.save({**expert, "options": {"train_experts": older}}, path)
-    stage("distill", [*run, "x"])
-    first = read(copy / "experts/0000.pt")
-    averaged = {"train_experts": {**made, "ema": 0.9}}
-    torch.save({**first, "options": averaged}, copy / "experts/0000.pt")
-    torch.save({**read(copy / "experts/0001.pt"), "options": averaged}, copy / "experts/0001.pt")
-    refuses(capsys, lambda: stage("distill", [*run, "y"]), "0002.pt", "--ema 0.0", "with 0.9")
-
-
-def test_everything_is_of_the_targets_there_now(copy, stage, capsys):
     targets = read(copy / "targets.pt")
     torch.save({**targets, "targets": targets["targets"] + 1}, copy / "targets.pt")
-    out = ["--out_dir", copy]
-    refuses(capsys, lambda: stage("train_experts", [*EXPERTS, *out]), "0000.pt", "other targets")
-    refuses(
-        capsys,
-        lambda: stage("distill", [*DISTILL, *out, "--iters", "1"]),
-        "mkdt_high_loss.pt",
-        "other targets",
-    )
-    refuses(capsys, lambda: stage("distill", [*DISTILL, *out, "--name", "x"]), "0000.pt", "other targets")
-    run = [*EVALUATE, *out, "--sets", "mkdt_random"]
-    refuses(capsys, lambda: stage("evaluate", run), "sets/mkdt_random.pt", "other targets")
+    for name, options, path in [("train_experts", "", "0000.pt"), ("distill", "--name x", "0000.pt"),
+                                ("distill", "--iters 1", "mkdt_high_loss.pt")]:
+        refused(name, copy, options, path, "other targets")
+    fails(capsys, copy, "--sets mkdt_random", "sets/mkdt_random.pt: was made from other targets")
+    shutil.rmtree(copy / "experts")
+    refused("distill", copy, "--name x", "experts", "train_experts.py")
 
 
-def test_encoders_do_not_start_where_experts_did(run_dir):
-    starts = [read(path)["trajectory"][0] for path in sorted((run_dir / "experts").iterdir())]
-    for seed in range(3):
-        torch.manual_seed(evaluate.SEEDS + seed)
-        args = evaluate.parse_args(["--width", "8"])
-        encoder = common.flatten(evaluate.make_encoder(args, D, 8, 1))
-        assert not any(torch.equal(encoder, start) for start in starts)
+def test_experts_that_do_not_fit(copy):
+    """Of another network, too short, or made with an option that differs."""
+    refused("distill", copy, "--width 12 --name x", "experts/0000.pt", "--width")
+    refused("distill", copy, "--max_start_epoch 3 --name x", "--max_start_epoch 3", "0 to 4", "have 3")
+    path = copy / "experts/0002.pt"
+    expert = read(path)
+    expert["options"]["train_experts"]["lr"] = 0.05
+    torch.save(expert, path)
+    refused("distill", copy, "--name x", "0002.pt", "--lr 0.05", "0000.pt")
+    del expert["options"]["train_experts"]["lr"]  # a file may say nothing
+    torch.save(expert, path)
+    run("distill", copy, "--iters 1 --name x")
 
 
-def test_accuracies_are_of_the_images_there_now(copy, stage, monkeypatch):
-    """Other test images under the same name are measured anew."""
-    load_images = common.load_images
+def test_sets_that_do_not_fit(copy, capsys):
+    path, run_one = copy / "sets/mkdt_random.pt", "--seeds 0 --sets mkdt_random"
+    contents = read(path)
+    images, targets = contents["images"], contents["targets"]
 
-    def darker(name, split, *rest):
-        part = load_images(name, split, *rest)
-        return part._replace(images=part.images // 2) if split == "test" else part
+    def put(**parts):
+        torch.save({**contents, **{name: part.clone() for name, part in parts.items()}}, path)
 
-    before = len((copy / "results.jsonl").read_text().splitlines())
-    monkeypatch.setattr(common, "load_images", darker)
-    stage("evaluate", [*EVALUATE, "--out_dir", copy, "--sets", "none"])
-    assert len((copy / "results.jsonl").read_text().splitlines()) == before + 4
-
-
-@pytest.mark.parametrize("lr", [0.0, -0.1, float("nan"), float("inf"), "0.1", None, torch.ones(2)])
-def test_lr_of_a_set(copy, stage, capsys, lr):
-    contents = read(copy / "sets/mkdt_random.pt")
-    torch.save({**contents, "lr": lr}, copy / "sets/mkdt_random.pt")
-    run = [*EVALUATE, "--out_dir", copy, "--sets", "mkdt_random"]
-    refuses(capsys, lambda: stage("evaluate", run), "mkdt_random.pt", "'lr'")
-    run = [*DISTILL, "--out_dir", copy, "--iters", "0", "--lr_from", "mkdt_random"]
-    refuses(capsys, lambda: stage("distill", run), "mkdt_random.pt", "'lr'")
+    put(images=images.expand(-1, 3, -1, -1))
+    fails(capsys, copy, run_one, "(15, 3, 8, 8)")
+    put(targets=targets[:, :3])
+    fails(capsys, copy, run_one, "D = 3")
+    put(images=images[:0], targets=targets[:0])
+    fails(capsys, copy, run_one, "0 targets")
+    fails(capsys, copy, "--sets nothing", "nothing.pt: not found; make it with distill.py")
+    put(images=images[:1], targets=targets[:1])
+    run("evaluate", copy, run_one)
+    fails(capsys, copy, f"{run_one}:simclr", "1 images in batches of 256: simclr")
+    fails(capsys, copy, f"{run_one} --arch resnet10 --width 2", "1 images in batches of 256: kd")
 
 
-def test_lr_from_a_set_that_was_made_again(copy, stage, capsys):
-    run = [*DISTILL, "--out_dir", copy, "--init", "random", "--iters", "0", "--lr_from", "mkdt_random"]
-    stage("distill", run)
-    contents = read(copy / "sets/mkdt_random.pt")
-    torch.save({**contents, "lr": 0.7}, copy / "sets/mkdt_random.pt")
-    refuses(capsys, lambda: stage("distill", run), "lr_from_mkdt_random.pt", "--lr_init")
+def test_names_of_sets():
+    plain = "--iters 0 --init random --lr_from mkdt_random_seed1"
+    for options, name in [("", "mkdt_high_loss"), ("--seed 3", "mkdt_high_loss_seed3"),
+                          ("--iters 0", "subset_high_loss"), ("--method krr_st --init sas", "krr_st_sas"),
+                          (f"{plain} --seed 1", "subset_random_lr_from_mkdt_random_seed1")]:
+        assert distill.parse_args(options.split()).name == name
+    for name in ("..", "a/b", "none", "full", "-x", "full_seed1"):
+        refuses(lambda name=name: distill.parse_args([f"--name={name}"]), "--name", what=name)
 
 
-def test_names_of_sets_by_their_seed():
-    names = [
-        ([], "mkdt_high_loss"), (["--seed", "3"], "mkdt_high_loss_seed3"),
-        (["--iters", "0"], "subset_high_loss"),
-        (["--method", "krr_st"], "krr_st_random"), (["--method", "krr_st", "--init", "sas"], "krr_st_sas"),
-        (["--iters", "0", "--init", "random", "--seed", "1", "--lr_from", "mkdt_random_seed1"],
-         "subset_random_lr_from_mkdt_random_seed1"),
-    ]  # fmt: skip
-    for options, name in names:
-        assert distill.parse_args(options).name == name
-
-
-@pytest.mark.parametrize("name", ["..", "a/b", "none", "full", "", "-x", "full_seed1", "_seed1"])
-def test_names_of_sets(name, tmp_path, stage, capsys):
-    refuses(capsys, lambda: stage("distill", [*DISTILL, "--out_dir", tmp_path, f"--name={name}"]), "--name")
-
-
-def test_nan_in_experts(copy, stage, capsys):
-    expert = read(copy / "experts/0001.pt")
-    torch.save({**expert, "example_loss": expert["example_loss"] * float("nan")}, copy / "experts/0001.pt")
-    run = [*DISTILL, "--out_dir", copy, "--name", "x"]
-    refuses(capsys, lambda: stage("distill", run), "0001.pt", "finite")
-    torch.save({**expert, "trajectory": expert["trajectory"] * float("nan")}, copy / "experts/0001.pt")
-    refuses(capsys, lambda: stage("distill", [*run, "--iters", "20"]), "0001.pt", "finite")
-
-
-def test_pretraining_that_diverges(copy, stage, capsys):
-    contents = read(copy / "sets/mkdt_random.pt")
-    torch.save({**contents, "lr": 1e20}, copy / "sets/mkdt_random.pt")
-    run = [*EVALUATE, "--out_dir", copy, "--sets", "none", "mkdt_random", "--seeds", "0"]
-    refuses(capsys, lambda: stage("evaluate", run), "mkdt_random", "lr")
-    lines = (copy / "results.md").read_text().splitlines()
-    assert "| MKDT (random init) | 1 | failed | failed |" in lines  # and the rest of the table stands
-    assert lines[2].startswith("| no pre-training | 1 | ") and "failed" not in lines[2]
-
-
-def test_files_can_be_read_by_others(run_dir):
-    import os
-    import stat
-
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in run_dir.rglob("*.pt"):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
-
-
-def test_too_few_expert_epochs(copy, stage, capsys):
-    run = [*DISTILL, "--out_dir", copy, "--max_start_epoch", "3", "--name", "x"]
-    refuses(capsys, lambda: stage("distill", run), "--max_start_epoch 3", "0 to 4", "have 3")
-
-
-@pytest.mark.parametrize("fraction", ["0", "1.5", "0.001"])
-def test_fraction_of_the_set(copy, stage, capsys, fraction):
-    run = [*DISTILL, "--out_dir", copy, "--fraction", fraction, "--name", "x"]
-    refuses(capsys, lambda: stage("distill", run), f"--fraction {float(fraction)}")
-
-
-def test_sets_that_do_not_fit(copy, stage, capsys):
-    contents = read(copy / "sets/mkdt_random.pt")
-    run = [*EVALUATE, "--out_dir", copy]
-    torch.save({**contents, "images": contents["images"].expand(-1, 3, -1, -1)}, copy / "sets/mkdt_random.pt")
-    refuses(capsys, lambda: stage("evaluate", run), "mkdt_random.pt", "(15, 3, 8, 8)")
-    torch.save({**contents, "targets": contents["targets"][:, :3]}, copy / "sets/mkdt_random.pt")
-    refuses(capsys, lambda: stage("evaluate", run), "mkdt_random.pt", "D = 3")
-    refuses(
-        capsys,
-        lambda: stage("evaluate", [*run, "--sets", "nothing"]),
-        "nothing.pt",
-        "not found",
-        "distill.py",
-    )
-
-
-def test_label_fractions(copy, stage, capsys):
-    run = [*EVALUATE, "--out_dir", copy, "--fractions"]
-    for fraction in ("0", "0.001", "1.1"):
-        refuses(capsys, lambda f=fraction: stage("evaluate", [*run, f]), "--fractions")
-
-
-def test_divergence_is_said(copy, stage, capsys):
-    run = [*DISTILL, "--out_dir", copy, "--iters", "9", "--lr_img", "1e30", "--name", "x"]
-    refuses(capsys, lambda: stage("distill", run), "--lr_img")
-    assert not (copy / "sets/x.pt").exists()
-    run = [*EXPERTS, "--out_dir", copy, "--first_expert", "7", "--lr", "1e20"]
-    refuses(capsys, lambda: stage("train_experts", run), "--lr")
-    refuses(capsys, lambda: stage("train_experts", [*run[:-2], "--sam", "1e30"]), "--lr", "--sam than 1e+30")
-    assert not (copy / "experts/0007.pt").exists()
-
-
-def test_teacher_batch_larger_than_the_set(tmp_path, stage, capsys):
-    run = [*TEACHER, "--out_dir", tmp_path, "--batch_size", "151"]
-    refuses(capsys, lambda: stage("train_teacher", run), "--batch_size 151", "150")
-
-
-def test_unknown_data_set(tmp_path, stage, capsys):
-    run = [*DATA, "--dataset", "mnist", "--out_dir", tmp_path]
-    refuses(capsys, lambda: stage("train_teacher", run), "mnist", "cifar10")
-
-
-def by_hand():
-    """A small student and its twin, 20 images, their targets, mean and std, and KD's loss."""
-    torch.manual_seed(0)
-    net = common.ConvNet(4, 16, 1, 4, 3)
-    twin = common.ConvNet(4, 16, 1, 4, 3)
-    twin.load_state_dict(net.state_dict())
-    images, targets = torch.randint(0, 256, (20, 1, 16, 16), dtype=torch.uint8), torch.randn(20, 4)
-    stats = torch.tensor([0.5]), torch.tensor([0.3])
-    return (
-        net,
-        twin,
-        images,
-        targets,
-        stats,
-        common.make_objective("kd", common.ImageSet(images, None, *stats)),
-    )
-
-
-def test_train_expert_returns_its_trajectory():
-    """One epoch of plain SGD by hand gives the same weights."""
-    net, twin, images, targets, stats, loss_fn = by_hand()
-    args = train_experts.parse_args(
-        ["--epochs", "1", "--batch_size", "8", "--momentum", "0", "--weight_decay", "0"]
-    )
-    trajectory, _, _ = train_experts.train_expert(net, loss_fn, images, targets, stats, args, seed=3)
-    theta, order = common.flatten(twin), torch.randperm(20, generator=torch.Generator().manual_seed(3))
-    end = distill.student_steps(
-        lambda theta, x, z, n: torch.nn.functional.mse_loss(common.forward_flat(twin, theta, x), z),
-        theta, common.normalise(images, *stats), targets, torch.tensor(0.1), order.split(8),
-    )  # fmt: skip
-    torch.testing.assert_close(trajectory[1], end)
-
-
-@pytest.mark.parametrize("ema, sam", [(0.9, 0.0), (0.0, 0.5), (0.9, 0.5)])
-def test_averaged_and_flat_trajectories(ema, sam):
-    """--ema and --sam by hand: the gradient is that of rho uphill, and the weights' average is stored."""
-    net, twin, images, targets, stats, loss_fn = by_hand()
-    options = ["--epochs", "2", "--batch_size", "8", "--momentum", "0", "--weight_decay", "0"]
-    args = train_experts.parse_args([*options, "--ema", str(ema), "--sam", str(sam)])
-    stored = train_experts.train_expert(net, loss_fn, images, targets, stats, args, seed=3)
-    theta, order = common.flatten(twin), torch.Generator().manual_seed(3)
-    average, expected = None, [theta]
-
-    def gradient(theta, batch):
-        theta = theta.detach().requires_grad_()
-        outputs = common.forward_flat(twin, theta, common.normalise(images[batch], *stats))
-        return torch.autograd.grad(torch.nn.functional.mse_loss(outputs, targets[batch]), theta)[0]
-
-    for _ in range(2):
-        for batch in torch.randperm(20, generator=order).split(8):
-            g = gradient(theta, batch)
-            theta = theta - 0.1 * gradient(theta + sam * g / g.norm(), batch)
-            average = theta if average is None else ema * average + (1 - ema) * theta
-        expected.append(average)
-    torch.testing.assert_close(stored[0], torch.stack(expected))
-    torch.testing.assert_close(common.flatten(net), theta)  # the student itself is not averaged
-    outputs = common.forward_flat(twin, expected[1], common.normalise(images, *stats))
-    torch.testing.assert_close(stored[1], (outputs - targets).square().mean(1))
-
-
-def test_segments_count_where_they_are_matched(copy, stage, capsys):
-    """A subset is done whatever the segments; a matched set is another with other segments."""
-    words = [*DISTILL, "--out_dir", copy, "--init", "random", "--segments", "2"]
-    stage("distill", [*words, "--iters", "0"])
-    assert "is there: nothing to do" in capsys.readouterr().out
-    refuses(capsys, lambda: stage("distill", [*words, "--iters", "1"]), "--segments 1, now --segments 2")
-    stage("distill", [*words, "--iters", "1", "--name", "two", "--micro_batch", "3"])
-    (record,) = [
-        json.loads(line)
-        for line in (copy / "distill_two.jsonl").read_text().splitlines()
-        if "iteration" in line and "matching_loss" in line
-    ]
-    assert len(record["segments"]) == 2 and set(record["segments"][0]) == {"expert", "start_epoch"}
+def test_options_that_cannot_be(copy, capsys):
+    for name, options, *words in [
+        *(("distill", f"--fraction {f} --name x", f"--fraction {f}") for f in ("0", "1.5", "0.001")),
+        *(("evaluate", f"--fractions {f}", "--fractions") for f in ("0", "1.1")),
+        ("train_teacher", f"--batch_size 151 --out_dir {copy}/new", "--batch_size 151", "150"),
+        ("train_teacher", "--dataset mnist", "mnist", "cifar10"),
+    ]:
+        refused(name, copy, options, *words)
+    fails(capsys, copy, "--fractions 0.001", "--fractions 0.001")
