@@ -452,13 +452,18 @@ def load_experts(paths, num_images, num_parameters, made):
     return trajectories, losses, {**made["options"], **options}
 
 
-def start_indices(args, data, all_targets, example_losses, size):
-    """The real images from which the set starts, (size,) int64."""
+def start_indices(args, data, all_targets, example_losses):
+    """The real images from which the set starts, (S,) int64."""
+    n, least = len(all_targets), 2 if args.objective in common.SSL else 1  # SSL contrasts images
+    size = int(args.fraction * n)
+    if not least <= size <= n:
+        raise Problem(f"--fraction {args.fraction:g}: makes a set of {size} of {n} images; choose one from "
+                      f"{math.ceil(1e4 * least / n) / 1e4:g} to 1")
     if args.init == "high_loss":
         return high_loss_indices(example_losses, size)
     if args.init == "sas":
         return sas_indices(all_targets, find_latent_classes(args, all_targets, data.labels), size)
-    return torch.randperm(len(all_targets), generator=common.generator("cpu", args.seed, "subset"))[:size]
+    return torch.randperm(n, generator=common.generator("cpu", args.seed, "subset"))[:size]
 
 
 def save_picture(path, start, result, data, count=30, columns=10):
@@ -543,12 +548,12 @@ def distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log):
     pool = [PoolStudent(make_net, common.seed_of(args.seed, "student", k)) for k in range(args.pool_size)]
     students = {f"student{k}": student for k, student in enumerate(pool)}
     checkpoint = checkpoint_of(optimizer=optimizer, schedule=schedule, **students)
-    progress = common.Progress(f"{args.name}: iteration", args.iters, checkpoint.step)
     exact = torch.float32 if args.device.startswith("mps") else torch.float64  # lambda is small
     images = common.place(data.images, args.device)
     if checkpoint.step == 0:  # each student begins at another point of its training
         for k, student in enumerate(pool):
             student.train(syn, common.seed_of(args.seed, "pool", k) % args.pool_steps)
+    progress = common.Progress(f"{args.name}: iteration", args.iters, checkpoint.step)
 
     for it in range(checkpoint.step, args.iters):
         draws = common.generator("cpu", args.seed, it)
@@ -607,11 +612,6 @@ def main(args):
         print(f"{path} is there: nothing to do")
         return
 
-    size, least = int(args.fraction * n), 2 if args.objective in common.SSL else 1  # SSL contrasts images
-    if not least <= size <= n:
-        raise Problem(f"--fraction {args.fraction:g}: makes a set of {size} of {n} images; choose one from "
-                      f"{math.ceil(1e4 * least / n) / 1e4:g} to 1")
-
     def make_net():
         out = out_dim or all_targets.shape[1]
         return common.make_student(out, px, channels, args.width, args.depth).to(args.device)
@@ -622,7 +622,7 @@ def main(args):
     if (matching or args.lr_init == "auto") and epochs < needed:
         raise Problem(f"--max_start_epoch {args.max_start_epoch}, --expert_epochs {args.expert_epochs}: read "
                       f"the epochs 0 to {needed} of experts, which have {epochs}; train them for {needed}")
-    indices = start_indices(args, data, all_targets, example_losses, size)
+    indices = start_indices(args, data, all_targets, example_losses)
     images = common.normalise(data.images[indices], data).to(args.device)
     targets, lr, tried = all_targets[indices].to(args.device), args.lr_init, {}
     if lr == "auto":
@@ -650,7 +650,7 @@ def main(args):
         common.save(path, {"images": images, "targets": targets, "lr": lr, "indices": indices,
                            "mean": data.mean, "std": data.std, **made})
         unfinished.unlink(missing_ok=True)
-        print(f"wrote {path} and .png: {size} images, lr {lr:.4f}")
+        print(f"wrote {path} and .png: {len(images)} images, lr {lr:.4f}")
 
 
 if __name__ == "__main__":

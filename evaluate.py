@@ -280,7 +280,8 @@ def attempt(function, *arguments):
     try:
         return function(*arguments)
     except Problem as problem:
-        print("error: " + " ".join(f"{problem}".split()), file=sys.stderr, flush=True)
+        if common.rank() == 0 or function not in (load_set, load_downstream):  # which all processes call
+            print("error: " + " ".join(f"{problem}".split()), file=sys.stderr, flush=True)
         return problem
 
 
@@ -376,6 +377,12 @@ def read_accuracies(path, options):
     return found
 
 
+def checkpoint_path(args, cell):
+    """Where the encoder of a cell is while it is pre-trained, and until it is judged."""
+    job = "_".join(str(cell[name]) for name in ("set", "pretrain", "seed", "steps"))
+    return args.out_dir / f"evaluate_{job}.checkpoint"
+
+
 def make_pretrained(args, cell, the_set, data, out_dim, options):
     """A fresh encoder, pre-trained on the_set as the cell says."""
     images, targets, lr = the_set
@@ -384,8 +391,7 @@ def make_pretrained(args, cell, the_set, data, out_dim, options):
     if images is not None:
         images, targets = (common.place(part, args.device) for part in (images, targets))
         now = {**options, "set_id": cell["set_id"], "lr": lr}
-        job = "_".join(str(cell[name]) for name in ("set", "pretrain", "seed", "steps"))
-        path = args.out_dir / f"evaluate_{job}.checkpoint"
+        path = checkpoint_path(args, cell)
         pretrain(net, cell["pretrain"], images, targets, data, lr, args, cell["seed"], cell["steps"],
                  lambda **parts: common.Checkpoint(path, args, now, **parts))
     return net
@@ -637,9 +643,11 @@ def main(args):
     if common.rank() > 0:
         return
 
-    for path in args.out_dir.glob("evaluate_*.checkpoint"):  # all encoders are judged
-        path.unlink()
-    table = make_table(args, rows, sets, cells, read_accuracies(results, options))
+    known = read_accuracies(results, options)
+    for cell in cells:
+        if not math.isnan(known.get(key(cell), math.nan)):  # its encoder is judged
+            checkpoint_path(args, cell).unlink(missing_ok=True)
+    table = make_table(args, rows, sets, cells, known)
     write_tables(args, table, rows, downstream, paper)
     if any(a is None or np.isnan(a).any() for a in table.values()):
         sys.exit(2)

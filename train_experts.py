@@ -189,6 +189,7 @@ def main(args):
             lambda k=k, **parts: common.Checkpoint(paths[k].with_suffix(".checkpoint"), args, now, **parts),
         )
         variance += [gradient_variance(*of_gradient, "end")] if k == 0 else []
+        common.append(log.path, {"expert": k, "loss": loss})
         common.save(paths[k], {
             "trajectory": trajectory,
             "example_loss": example_loss,
@@ -196,7 +197,6 @@ def main(args):
             **made,
             "options": {**made["options"], "train_experts": options},
         })
-        common.append(log.path, {"expert": k, "loss": loss})
     common.wait_for_all()
     if common.rank() == 0:
         for path in paths.values():

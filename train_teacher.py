@@ -271,7 +271,8 @@ def main(args):
     checkpoint_path = args.out_dir / "train_teacher.checkpoint"
     log = common.Log(args.out_dir / "train_teacher.jsonl", args)
     if common.is_done(targets_path, "train_teacher", options, {"targets": 2}):
-        checkpoint_path.unlink(missing_ok=True)  # of a run that was killed just before its end
+        for path in (checkpoint_path, args.out_dir / "features.tmp"):
+            path.unlink(missing_ok=True)
         print(f"{targets_path} is there: nothing to do")
         return
     data = common.load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)

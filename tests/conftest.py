@@ -27,7 +27,7 @@ EVALUATE = [*DATA, *STUDENT, "--fractions", "0.2", "0.4", "--seeds", "0", "1", "
 
 
 def run_stage(name, argv):
-    """Run a stage in this process, with the options parsed as from the command line; a Problem passes through."""
+    """Run a stage in this process, its options parsed as from the command line; a Problem passes through."""
     module = __import__(name)
     module.main(module.parse_args([str(a) for a in argv]))
 

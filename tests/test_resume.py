@@ -115,43 +115,32 @@ def test_killed_at_any_point(which, prepared, request):
     print(f"{which}: {n} and {done} kills in {runs + 1} runs, which all ended in an undisturbed one's files")
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_second_signal_does_not_wait(count, prepared, tmp_path):
-    """The first lets the step end and saves it; the second ends the process in the midst of it."""
+@pytest.mark.parametrize("number, count, piped", [
+    (signal.SIGTERM, 1, False), (signal.SIGTERM, 2, False), (signal.SIGINT, 1, True)])
+def test_signals(number, count, piped, prepared, tmp_path):
+    """The first lets the step end and saves it, also if what it is piped to is gone; a second does not."""
     folder, student_loss, calls = prepared("run", "experts"), common.student_loss, []
 
     def loss(*words):
         sys.stderr.reconfigure(line_buffering=True)  # as that of a process of its own
         calls.append(1)
         for _ in range(count if len(calls) == 4 else 0):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return student_loss(*words)
 
+    def prepare():
+        common.student_loss = loss
+        if piped:
+            read, write = os.pipe()
+            os.dup2(write, 1), os.dup2(write, 2), os.close(read)
+
     argv = [*EXPERTS, "--out_dir", folder, "--first_expert", "1", "--checkpoint_minutes", "0"]
-    process = start("train_experts", argv, tmp_path / "said", lambda: setattr(common, "student_loss", loss))
+    process = start("train_experts", argv, tmp_path / "said", prepare)
     process.join()
-    assert process.exitcode == 128 + signal.SIGTERM
-    assert (tmp_path / "said").read_text() == "stopped by SIGTERM: the same command goes on\n"
+    assert process.exitcode == 128 + number
+    said = f"stopped by {number.name}: the same command goes on\n"
+    assert (tmp_path / "said").read_text() == ("" if piped else said)
     assert common.load(folder / "experts/0001.checkpoint", {}, "")["step"] == 5 - count
-
-
-def test_stopped_with_what_it_is_piped_to(prepared):
-    """Ctrl-C ends "... | tee log" as a whole; the checkpoint is written even so, and the status is right."""
-    folder = prepared("piped", "")
-
-    def broken_pipe():
-        read, write = os.pipe()
-        os.dup2(write, 1), os.dup2(write, 2), os.close(read)
-
-    argv = [*MKDT, *"--iters 100000 --checkpoint_minutes 0 --name x".split(), "--out_dir", folder]
-    process = start("distill", argv, prepare=broken_pipe)
-    checkpoint = folder / "sets/x.checkpoint"
-    while not checkpoint.exists() and process.is_alive():
-        time.sleep(0.02)
-    checkpoint.unlink()
-    os.kill(process.pid, signal.SIGINT)
-    process.join()
-    assert process.exitcode == 130 and checkpoint.exists()
 
 
 @pytest.mark.parametrize("module, name", [(torch, "save"), (os, "fsync"), (os, "replace")])
