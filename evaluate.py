@@ -174,7 +174,7 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, steps=None, 
     for step in range(done, steps):
         batch = next(batches)
         x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
-        draws = common.generator(args.device, seed, "pretrain", "views", step)
+        draws = common.generator(args.device, seed, "pretrain", "views", step) if ssl else None
         torch.manual_seed(common.seed_of(seed, "pretrain", "dropout", step))
         loss = common.student_loss(loss_name, f, x, z, data, draws)
         optimizer.zero_grad()

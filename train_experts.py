@@ -91,7 +91,7 @@ def train_expert(net, forward, data, images, targets, args, k, checkpoint_of):
     for step in range(checkpoint.step, args.epochs * per_epoch):
         batch = next(batches)
         x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
-        draws = common.generator(args.device, *key, "views", step)
+        draws = common.generator(args.device, *key, "views", step) if ssl else None
         torch.manual_seed(common.seed_of(*key, "dropout", step))  # of a student that draws
         loss = common.student_loss(args.objective, f, x, z, data, draws)
         optimizer.zero_grad()
