@@ -217,7 +217,7 @@ def make_step_loss(args, net, data, *key):
     ssl = args.objective in common.SSL
 
     def step_loss(theta, x, z, n):
-        torch.manual_seed(common.seed_of(args.seed, "dropout", *key, n))
+        common.seed_dropout(args.device, args.seed, "dropout", *key, n)
         draws = common.generator(args.device, args.seed, "views", *key, n) if ssl else None
         f = lambda x: common.forward_flat(net, theta, x)  # noqa: E731
         return common.student_loss(args.objective, f, x, z, data, draws)

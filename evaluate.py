@@ -175,7 +175,7 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, steps=None, 
         batch = next(batches)
         x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
         draws = common.generator(args.device, seed, "pretrain", "views", step) if ssl else None
-        torch.manual_seed(common.seed_of(seed, "pretrain", "dropout", step))
+        common.seed_dropout(args.device, seed, "pretrain", "dropout", step)
         loss = common.student_loss(loss_name, f, x, z, data, draws)
         optimizer.zero_grad()
         loss.backward()

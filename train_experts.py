@@ -92,7 +92,7 @@ def train_expert(net, forward, data, images, targets, args, k, checkpoint_of):
         batch = next(batches)
         x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
         draws = common.generator(args.device, *key, "views", step) if ssl else None
-        torch.manual_seed(common.seed_of(*key, "dropout", step))  # of a student that draws
+        common.seed_dropout(args.device, *key, "dropout", step)
         loss = common.student_loss(args.objective, f, x, z, data, draws)
         optimizer.zero_grad()
         loss.backward()

@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import DATA, DISTILL, EVALUATE, EXPERTS, TEACHER, refuses
+from conftest import DATA, DISTILL, EVALUATE, EXPERTS, ROOT, TEACHER, refuses
 from conftest import run_stage as stage
 from PIL import Image
 
@@ -440,20 +441,19 @@ def test_compile(copy, monkeypatch):
 # -- students and data of a fork -----------------------------------------------------------------------------
 
 
-class Attention(common.ConvNet):
-    """A small ViT: patches of 2 px and a block of attention."""
-
-    def __init__(self, out_dim, image_size, channels, width, depth):
-        super().__init__(out_dim, image_size, channels, width, depth=1)
-        self.body = nn.Conv2d(channels, width, 2, 2)
-        self.block = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True)
-
-    def features(self, x):
-        return self.block(self.body(x).flatten(2).transpose(1, 2)).flatten(1)
+VIT = {"nn": nn, "torch": torch, "F": F}  # the README's student: attention and dropout
+exec(re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1], VIT)
 
 
-CHANGES = {  # of the paper's student
-    "attention": lambda net: None,
+def without_dropout(net):
+    for module in net.modules():
+        if isinstance(module, (nn.Dropout, nn.MultiheadAttention)):
+            setattr(module, "p" if isinstance(module, nn.Dropout) else "dropout", 0.0)
+
+
+CHANGES = {  # of the README's ViT and of the paper's student
+    "vit": lambda net: None,
+    "attention": without_dropout,
     "dropout": lambda net: net.body.append(nn.Dropout(0.3)),
     "batch_norm": lambda net: setattr(net.body, "1", nn.BatchNorm2d(8)),
     "frozen": lambda net: net.head.bias.requires_grad_(False),
@@ -466,7 +466,8 @@ def fork(copy, monkeypatch):
 
     def fork(kind):
         def make_student(*words):
-            net = (Attention if kind == "attention" else common.ConvNet)(*words[:4], words[4] or 2)
+            vit = kind in ("vit", "attention")
+            net = VIT["make_student"](*words) if vit else common.ConvNet(*words[:4], words[4] or 2)
             CHANGES[kind](net)
             return net
 
@@ -477,7 +478,7 @@ def fork(copy, monkeypatch):
     return fork
 
 
-@pytest.mark.parametrize("kind", ["dropout", "attention"])
+@pytest.mark.parametrize("kind", ["dropout", "attention", "vit"])
 def test_a_student_of_ones_own(fork, kind):
     """With targets of one's own, of which the file needs no more."""
     folder = fork(kind)
