@@ -192,7 +192,9 @@ def samples(key, split, folder):
         digits, part = load_digits(), slice(1297) if train else slice(1297, None)
         return np.round(digits.images[part] * (255 / 16)).astype(np.uint8), list(digits.target[part])
     if key == "images":
-        return find_images(folder), None
+        paths, *passed_over = find_images(folder)
+        say_passed_over(folder, *passed_over)
+        return paths, None
     if key == "imagefolder":
         return image_folder(split, folder)
     try:
@@ -277,16 +279,31 @@ def image_folder(split, folder):
         if unknown or not classes[where]:
             what = f"class {min(unknown)!r} has no folder in train" if unknown else "no class has a folder"
             raise Problem(f"{where}: {what}; add it, or give images:DIR for images without labels")
-    paths, known = {name: find_images(part / name) for name in classes[part]}, classes[folder / "train"]
-    return sum(paths.values(), []), [known.index(name) for name in paths for _ in paths[name]]
+    known, paths, labels = classes[folder / "train"], [], []
+    hidden, others = sum(p.name[0] == "." for p in part.iterdir()), 0
+    for name in classes[part]:
+        found, *passed_over = find_images(part / name)
+        paths, labels = paths + found, labels + [known.index(name)] * len(found)
+        hidden, others = hidden + passed_over[0], others + passed_over[1]
+    say_passed_over(part, hidden, others)
+    return paths, labels
+
+
+def say_passed_over(folder, hidden, others):
+    """A line on what find_images does not take for images, if there is such."""
+    if hidden or others:
+        print(f"{folder}: passed over {hidden} hidden files or folders, and {others} files with endings that "
+              "are none of images", flush=True)
 
 
 def find_images(folder):
-    """The paths of the image files at any depth below a folder, in order; raises Problem if there are none.
+    """(paths of the image files at any depth below a folder, in order; numbers of hidden and of other files).
 
     Hidden files and folders are passed over. Links are followed, but not to a folder that was entered
-    already or that contains the link.
+    already or that contains the link. Raises Problem if there is no image.
     """
+    if not os.path.isdir(folder):
+        raise Problem(f"{folder}: there is no such folder; give one with images")
     entered, files, hidden = {os.path.realpath(folder)}, [], 0
 
     def is_new(root, name):
@@ -296,7 +313,7 @@ def find_images(folder):
         return new
 
     def fail(error):
-        raise Problem(f"{error.filename}: cannot be read ({error.strerror}); give another folder")
+        raise Problem(f"{error.filename}: may not be read; change its permissions, or give another folder")
 
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         hidden += sum(name.startswith(".") for name in [*folders, *names])
@@ -306,25 +323,22 @@ def find_images(folder):
     if not images:
         found = " ".join(sorted({os.path.splitext(path)[1] or "none" for path in files})[:9]) or "no files"
         raise Problem(f"{folder}: has no images; endings there: {found}; those read: {' '.join(ENDINGS)}")
-    if hidden or len(images) < len(files):
-        print(f"{folder}: passed over {hidden} hidden files or folders, and {len(files) - len(images)} files "
-              "with other endings than those of images", flush=True)
-    return images
+    return images, hidden, len(files) - len(images)
 
 
 def read_image(path):
-    """An image file of any mode as a PIL image, 8 bits RGB, turned upright; raises what Pillow raises."""
+    """An image file of any mode as a PIL image, 8 bits RGB, upright; raises Problem, or as Pillow does."""
     from PIL import Image, ImageOps
 
     if not os.path.isfile(path):
-        raise ValueError("it is not a file")
+        raise Problem("not a file")
     with open(path, "rb") as file, Image.open(file) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits; convert would make all above 255 white
             values = np.asarray(image).clip(0, 2**16 - 1) // 256
             return Image.fromarray(values.astype(np.uint8)).convert("RGB")
         if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of unknown range")
+            raise Problem("floating-point pixels, of unknown range")
         if "transparency" in image.info:  # of a palette, which convert would warn of
             image = image.convert("RGBA")
         return image.convert("RGB")
@@ -362,8 +376,10 @@ def decode(paths, size, folder, advice):
     def read(path):
         try:
             return squash(read_image(path), size)
-        except Exception as error:  # Pillow raises many kinds
-            return f"{path} ({error or type(error).__name__})"
+        except Problem as problem:
+            return f"{path} ({problem})"
+        except Exception:  # Pillow raises many kinds
+            return f"{path} (cut off, or no image)"
 
     if mapped() is None:
         with one_at_a_time(folder), replacing(target) as temporary, ThreadPoolExecutor() as pool:
