@@ -779,7 +779,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """--help with the docstring as it is and the default after each option that has one."""
 
     def _get_help_string(self, action):
-        silent = action.default in (None, argparse.SUPPRESS, False) or "default" in action.help
+        silent = any(action.default is none for none in (None, False, argparse.SUPPRESS))
+        silent = silent or "default" in action.help
         return action.help if silent else action.help + " (default: %(default)s)"
 
 
@@ -1111,7 +1112,7 @@ class Checkpoint:
     """The state of a run under way, in a file; the same command goes on from it, bit for bit.
 
     Args:
-        path: of the file, which is replaced as a whole, and removed when the result is written.
+        path: of the file, which is replaced as a whole; the stage removes it when its result is written.
         args: the stage's, with checkpoint_minutes and restart.
         now: what the state depends on, {option or id: value}.
         log: the run's Log, which begins here, cut back to where the file was written; None: the work is this
@@ -1162,11 +1163,6 @@ class Checkpoint:
         """A clause that says what is there after an error."""
         return f"{self.path} holds the last good state" if self.path.exists() else "no checkpoint was due yet"
 
-    def remove(self):
-        """To be called when the result is written."""
-        if self.writes:
-            self.path.unlink(missing_ok=True)
-
 
 class Progress:
     """Says how far a loop is, in a line at most every five seconds and at its end."""
@@ -1189,16 +1185,17 @@ class Progress:
 
 
 def stop(number, frame=None):
-    """SIGTERM and Ctrl-C: the step under way is finished, for tick to save; a second signal does not wait."""
-    if Checkpoint.under_way and not stop.signal:
-        stop.signal = number
+    """SIGTERM and Ctrl-C: the step under way is finished, for tick to save; a later Ctrl-C does not wait."""
+    later = number == signal.SIGINT and stop.signal and time.monotonic() - stop.at > 1
+    if frame and Checkpoint.under_way and not later:  # run_all.sh passes Ctrl-C on as SIGTERM
+        stop.signal, stop.at = stop.signal or number, stop.at or time.monotonic()
         return
     with contextlib.suppress(OSError, RuntimeError):  # what it is piped to may be gone, or be in use just now
         print(f"stopped by {signal.Signals(number).name}: the same command goes on", file=sys.stderr)
     os._exit(128 + number)  # no traceback; all files are whole at any time
 
 
-stop.signal = None
+stop.signal, stop.at = None, 0.0
 SMALLER = "out of memory: choose smaller batches or a smaller --width"
 OTHERS = "another process ended, or is not to be reached; what it said, or torchrun's report, tells why"
 HINTS = {  # a part of what a RuntimeError of torch says: what to do

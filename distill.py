@@ -552,11 +552,13 @@ def distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log):
     images = common.place(data.images, args.device)
     if checkpoint.step == 0:  # each student begins at another point of its training
         for k, student in enumerate(pool):
+            common.seed_dropout(args.device, args.seed, "pool", "dropout", k)
             student.train(syn, common.seed_of(args.seed, "pool", k) % args.pool_steps)
     progress = common.Progress(f"{args.name}: iteration", args.iters, checkpoint.step)
 
     for it in range(checkpoint.step, args.iters):
         draws = common.generator("cpu", args.seed, it)
+        common.seed_dropout(args.device, args.seed, "dropout", it)
         k = torch.randint(len(pool), (), generator=draws).item()
         batch = torch.randperm(len(images), generator=draws)[: args.batch_real]
         x, z = common.fetch(images, batch, args.device), common.fetch(all_targets, batch, args.device)

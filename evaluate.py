@@ -209,7 +209,7 @@ def probe(net, train, test, fractions, args, seed):
             for f, m in counts.items()}
 
 
-def random_crop(images, generator, flip):
+def padded_crop(images, generator, flip):
     """Each image (B, C, H, W), padded by an eighth, cut at a random place; half of them mirrored if flip."""
     b, _, size, _ = images.shape
     padding = size // 8  # 4 at 32 px
@@ -253,7 +253,7 @@ def finetune(net, train, test, fractions, args, seed, small):
         for step, batch in enumerate(itertools.islice(batches, steps)):
             x = common.fetch(train.images, labelled[batch], args.device)
             if recipe["augment"]:
-                x = random_crop(x, common.generator(args.device, seed, "crop", step), train.flip)
+                x = padded_crop(x, common.generator(args.device, seed, "crop", step), train.flip)
             y = common.fetch(train.labels, labelled[batch], args.device)
             loss = F.cross_entropy(head(f(common.normalise(x, train))), y)
             optimizer.zero_grad()
@@ -498,7 +498,7 @@ def make_tables(table, rows, downstream, budgets, paper, dataset):
     the random subset, paired by seed, ± standard error, for both see the same labelled images, whose draw
     makes most of the std; the paper's figure, if it has one.
 
-    rows: find_rows'; table: table_cells'; paper: read_paper's; dataset: the run's pre-training set.
+    rows: find_rows'; table: make_table's; paper: read_paper's; dataset: the run's pre-training set.
     """
     tables, names, compare = [], short_names(downstream), BASE in rows and len(rows) > 1
     seeds = {row: [name.removeprefix(row[0]) for name in members] for row, members in rows.items()}

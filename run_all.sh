@@ -2,7 +2,7 @@
 # Teacher, experts, sets and evaluation in one go. What is finished is not done again, and what was under way goes
 # on from its checkpoint: after an interruption, give the same command once more.
 #
-#   bash run_all.sh [digits]           no download, two minutes on two CPU cores
+#   bash run_all.sh [digits]           no download, three minutes on two CPU cores
 #   bash run_all.sh cifar10            the paper's setting; also cifar100, tinyimagenet
 #   bash run_all.sh imagefolder DIR    your images in DIR/{train,test}/CLASS/*
 #   bash run_all.sh images DIR         your images without labels, at any depth of DIR; DOWNSTREAM names the judges
@@ -27,8 +27,8 @@ case ${1:-} in table[1-7] | appendix_b | figure1) table=$1; shift ;; esac
 case ${1:-} in
   digits | cifar10 | cifar100 | tinyimagenet) preset=$1; shift ;;
   imagefolder | images)
-    [ -d "${2:-}" ] || [ "${DRY_RUN:-}${2:+x}" = 1x ] || refuse "$1 wants a folder: bash run_all.sh $1 DIR"
-    preset=$1 folder=${2%/}; shift 2 ;;
+    [ -d "${2:-}" ] || [ "${DRY_RUN:-}${2:+x}" = 1x ] || refuse "$1 '${2:-}': there is no such folder"
+    preset=$1 folder=${2%/}; [ ! -d "$folder" ] || folder=$(cd "$folder" && pwd); shift 2 ;;
 esac
 if [ "${1:-}" = rehearse ]; then rehearse=_rehearsal preset=${preset:-digits}; shift; fi
 [ $# = 0 ] || refuse "'$1' is not understood"
@@ -38,11 +38,13 @@ case $DISTILL_SEEDS${SEEDS:-} in *[!0-9\ ]*) refuse "DISTILL_SEEDS and SEEDS: gi
 case ${FRACTION:-1} in *[!0-9.]*) refuse "FRACTION=$FRACTION: give a number, such as 0.02" ;; esac
 case ${PROCESSES:-1} in *[!0-9]* | 0*) refuse "PROCESSES=$PROCESSES: give a whole number from 1" ;; esac
 case ${SSL:-simclr} in simclr | barlow_twins) ;; *) refuse "SSL=$SSL: choose simclr or barlow_twins" ;; esac
+known="^(none|full|(subset|mkdt|best|krr_st)_(random|high_loss|sas)[a-z0-9_]*)(:(kd|krr_st|simclr|barlow_twins|SSL))?$"
 for row in ${SETS:-}; do
-  case ${row%%:*} in none | full | subset_* | mkdt_* | best_* | krr_st_*) ;; *) refuse "SETS: '$row' is unknown" ;; esac
+  [[ $row =~ $known ]] || refuse "SETS: '$row' is unknown"
+  [[ $RECIPE-$row != paper-best_* && $RECIPE-$row != best-mkdt_* ]] || refuse "SETS: '$row' is not of RECIPE=$RECIPE"
 done
 [ -n "${DRY_RUN:-}" ] || command -v "${PYTHON:-python}" > /dev/null || refuse "PYTHON=${PYTHON:-python}: not found"
-[ "$preset" != images ] || [ -n "${DOWNSTREAM:-}" ] ||
+[ "$preset" != images ] || [ -n "${DOWNSTREAM:-}" ] || [ "$table" = figure1 ] ||
   refuse "images have no labels: name the labelled sets that judge, DOWNSTREAM='imagefolder:DIR2 cifar10'"
 
 # ---- a table: its data sets, rows and protocols ----------------------------------------------------------------
@@ -80,7 +82,8 @@ options() {
       distil="--iters 150 --syn_steps 20 --expert_epochs 2 --max_start_epoch 4 --batch_syn 32"
       rates="--lr_img 200 --lr_lr 2e-3" krr_st="--iters 1000 --lr_img 0.01 --batch_real 256"
       [ -n "$table" ] || sets+=" krr_st_random" ;;
-    imagefolder | images) dataset=$1:$folder ;;
+    imagefolder) dataset=$1:$folder ;;
+    images) dataset=$1:$folder sets=${sets/subset_sas /} ;; # SAS wants to know how many classes
     tinyimagenet)
       teacher="--bt_lambda 0.0009765625" distil="--syn_steps 10" rates="--lr_img 1e5" krr_st="--lr_img 1e-5" ;;
     cifar*) case $fraction in 0.0[5-9]* | 0.[1-9]*) # the paper's options for 5 %
@@ -108,13 +111,23 @@ options() {
 }
 
 # ---- the stages ------------------------------------------------------------------------------------------------
-run() { # a stage; the paper matches one expert an iteration, so distil.py has one process here
+child=
+stopped() { # a signal to this script is the stage's, too, which then writes its checkpoint
+  [ -z "$child" ] || { kill -TERM "$child" 2> /dev/null && wait "$child"; } || true
+  exit "$1"
+}
+trap 'stopped 143' TERM
+trap 'stopped 130' INT
+run() { # a stage; the paper matches one expert an iteration, so distill.py has one process here
   local launch="${PYTHON:-python}" status=0
   [ "${PROCESSES:-1}" = 1 ] || [ "$1" = distill.py ] ||
     launch="$launch -m torch.distributed.run --standalone --nproc_per_node $PROCESSES"
   echo "+ $launch$(printf ' %q' "$@")"
   [ -z "${DRY_RUN:-}" ] || return 0
-  $launch "$@" || status=$?
+  $launch "$@" & # not in front: bash would not hear of a signal
+  child=$!
+  wait $child || status=$?
+  child=
   [ $status = 0 ] || failed=$status
   [ $status -lt 128 ] || exit $status # killed
   return $status
@@ -122,11 +135,11 @@ run() { # a stage; the paper matches one expert an iteration, so distil.py has o
 
 teach() { # targets.pt in $out, of the teacher in $base
   run train_teacher.py "${data[@]}" --out_dir "$base" $teacher || return
-  if [ "$RECIPE" = best ]; then
+  if [ "$RECIPE" = best ] && [ -f "$base/teacher.pt" -o -n "${DRY_RUN:-}" ]; then # not with targets of one's own
     run train_teacher.py "${data[@]}" --out_dir "$out" $teacher --init_from "$base/teacher.pt" --epochs 0 \
       --target_dim 256 || return
   elif [ "$out" != "$base" ] && [ -z "${DRY_RUN:-}" ]; then
-    mkdir -p "$out" && { [ -f "$out/targets.pt" ] || cp "$base/targets.pt" "$out/"; }
+    mkdir -p "$out" && { cmp -s "$base/targets.pt" "$out/targets.pt" || cp "$base/targets.pt" "$out/"; }
   fi
 }
 
@@ -137,8 +150,8 @@ make_set() { # $1: its row, $2: its seed
   [ $seed = 0 ] || name+=_seed$seed
   case $row in
     none | full) return ;;
-    *_lr_from_*) words="$distil --iters 0 --lr_from ${name#*_lr_from_}" ;;
-    subset_*) words="$distil --iters 0" ;;
+    *_lr_from_*) words="$distil ${DISTILL:-} --iters 0 --lr_from ${name#*_lr_from_}" ;;
+    subset_*) words="$distil ${DISTILL:-} --iters 0" ;;
     krr_st_*) words="--method krr_st $krr_st ${KRR_ST:-}" ;;
     *_[0-9]*) words="$distil $rates ${DISTILL:-} --iters ${row##*_} ${rehearse:+--iters 3}" ;;
     *) words="$distil $rates ${DISTILL:-}" ;;
@@ -159,7 +172,7 @@ figure1() { # appendix A.2: five experts with one start for each objective, and 
     dir=$out/figure1/$curve words="--batch_size $ssl_batch" steps="--syn_steps 10"
     case $curve in # alpha_syn starts where 100 iterations brought most; Barlow Twins' would run away
       kd) words="--batch_size $batch" steps="--syn_steps 20 --lr_init 1"
-        [ -n "${DRY_RUN:-}" ] || [ -f "$dir/targets.pt" ] || { mkdir -p "$dir" && cp "$base/targets.pt" "$dir/"; } ;;
+        [ -n "${DRY_RUN:-}" ] || { mkdir -p "$dir" && cp "$base/targets.pt" "$dir/"; } ;;
       supervised) words="--batch_size $batch" steps="--syn_steps 20 --expert_epochs 4 --lr_init 0.01" ;;
       *_4x_batch) words="--batch_size $((4 * ssl_batch))" ;;
     esac

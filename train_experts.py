@@ -138,6 +138,7 @@ def gradient_variance(net, data, images, targets, args, *key, count=32):
         batch = torch.randperm(len(images), generator=order)[: args.batch_size]
         x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
         draws = common.generator(args.device, args.seed, "variance", "views", *key, i)
+        common.seed_dropout(args.device, args.seed, "variance", "dropout", *key, i)
         loss = common.student_loss(args.objective, net, x, z, data, draws)
         g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
         total, squares = total + g, squares + g.square().sum().item()

@@ -118,7 +118,7 @@ def test_killed_at_any_point(which, prepared, request):
 @pytest.mark.parametrize("number, count, piped", [
     (signal.SIGTERM, 1, False), (signal.SIGTERM, 2, False), (signal.SIGINT, 1, True)])
 def test_signals(number, count, piped, prepared, tmp_path):
-    """The first lets the step end and saves it, also if what it is piped to is gone; a second does not."""
+    """The step ends and is saved, also if what it is piped to is gone, or if run_all.sh sends a second one."""
     folder, student_loss, calls = prepared("run", "experts"), common.student_loss, []
 
     def loss(*words):
@@ -140,7 +140,7 @@ def test_signals(number, count, piped, prepared, tmp_path):
     assert process.exitcode == 128 + number
     said = f"stopped by {number.name}: the same command goes on\n"
     assert (tmp_path / "said").read_text() == ("" if piped else said)
-    assert common.load(folder / "experts/0001.checkpoint", {}, "")["step"] == 5 - count
+    assert common.load(folder / "experts/0001.checkpoint", {}, "")["step"] == 4
 
 
 @pytest.mark.parametrize("module, name", [(torch, "save"), (os, "fsync"), (os, "replace")])
