@@ -118,7 +118,7 @@ def test_killed_at_any_point(which, prepared, request):
 @pytest.mark.parametrize("number, count, piped", [
     (signal.SIGTERM, 1, False), (signal.SIGTERM, 2, False), (signal.SIGINT, 1, True)])
 def test_signals(number, count, piped, prepared, tmp_path):
-    """The step ends and is saved, also if what it is piped to is gone, or if run_all.sh sends a second one."""
+    """The step ends and is saved, also if what it is piped to is gone, or a second one comes."""
     folder, student_loss, calls = prepared("run", "experts"), common.student_loss, []
 
     def loss(*words):
