@@ -1232,6 +1232,7 @@ def run(main, parse_args):
             raise
         kept = f"; {Checkpoint.under_way.kept()}" if Checkpoint.under_way else ""
         text = f"{hints[0]} ({text}){kept}"
+    Checkpoint.under_way = None  # a signal ends the process at once
     if rank() > 0:
         time.sleep(30)  # what all processes find the first one says, and torchrun ends the others meanwhile
     print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)

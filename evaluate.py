@@ -319,8 +319,9 @@ def load_downstream(name, args, channels):
     else:
         test = common.load_images(name, "test", args.data_dir, size, args.limit)
     if int(min(args.fractions) * len(train.images)) < 1:
+        n = len(train.images)
         raise Problem(f"--fractions {min(args.fractions):g}: is none of the {n} labelled images of {name}; "
-                      f"choose {1 / len(train.images):.2g} or more")
+                      f"choose {math.ceil(1e6 / n) / 1e6:g} or more")
     return train, test, common.fingerprint(train.images, train.labels, test.images, test.labels)
 
 

@@ -133,13 +133,18 @@ run() { # a stage; the paper matches one expert an iteration, so distill.py has 
   return $status
 }
 
+copy_targets() { # of $base, to the folder $1, whole or not at all
+  mkdir -p "$1" && { cmp -s "$base/targets.pt" "$1/targets.pt" ||
+    { cp "$base/targets.pt" "$1/targets.pt.tmp" && mv "$1/targets.pt.tmp" "$1/targets.pt"; }; } || { failed=2; return 2; }
+}
+
 teach() { # targets.pt in $out, of the teacher in $base
   run train_teacher.py "${data[@]}" --out_dir "$base" $teacher || return
   if [ "$RECIPE" = best ] && [ -f "$base/teacher.pt" -o -n "${DRY_RUN:-}" ]; then # not with targets of one's own
     run train_teacher.py "${data[@]}" --out_dir "$out" $teacher --init_from "$base/teacher.pt" --epochs 0 \
       --target_dim 256 || return
   elif [ "$out" != "$base" ] && [ -z "${DRY_RUN:-}" ]; then
-    mkdir -p "$out" && { cmp -s "$base/targets.pt" "$out/targets.pt" || cp "$base/targets.pt" "$out/"; }
+    copy_targets "$out" || return
   fi
 }
 
@@ -172,7 +177,7 @@ figure1() { # appendix A.2: five experts with one start for each objective, and 
     dir=$out/figure1/$curve words="--batch_size $ssl_batch" steps="--syn_steps 10"
     case $curve in # alpha_syn starts where 100 iterations brought most; Barlow Twins' would run away
       kd) words="--batch_size $batch" steps="--syn_steps 20 --lr_init 1"
-        [ -n "${DRY_RUN:-}" ] || { mkdir -p "$dir" && cp "$base/targets.pt" "$dir/"; } ;;
+        [ -n "${DRY_RUN:-}" ] || copy_targets "$dir" || continue ;;
       supervised) words="--batch_size $batch" steps="--syn_steps 20 --expert_epochs 4 --lr_init 0.01" ;;
       *_4x_batch) words="--batch_size $((4 * ssl_batch))" ;;
     esac
@@ -199,13 +204,13 @@ judge() { # the tables of this preset; of a table of the paper, all together in 
     run evaluate.py "${data[@]}" --out_dir "$out" --name $name $student $evaluate $words ${EVALUATE:-} \
       --downstream "${judges[@]}" || true
     [ -z "$table" ] || [ ! -f "$out/$name.md" ] ||
-      { echo "## $(basename "$out"): $name"; echo; cat "$out/$name.md"; echo; } >> "$result.tmp"
+      { echo "## $(basename "$out"): $name"; echo; cat "$out/$name.md"; echo; } >> "$result.$$.tmp"
   done
 }
 
 suffix=${folder:+_$(basename "$folder")} suffix=${suffix:-${preset:+_$preset}}
 result=$OUT/$table$suffix$([ "$RECIPE" = paper ] || echo _best)$rehearse.md
-rm -f "$result.tmp"
+rm -f "$result.$$.tmp"
 for preset in ${preset:-$presets}; do
   options $preset
   teach || continue
@@ -222,5 +227,5 @@ for preset in ${preset:-$presets}; do
   done
   judge
 done
-[ ! -f "$result.tmp" ] || { mv "$result.tmp" "$result" && echo "wrote $result"; }
+[ ! -f "$result.$$.tmp" ] || { mv "$result.$$.tmp" "$result" && echo "wrote $result"; }
 exit $failed

@@ -182,6 +182,8 @@ def main(args):
         log.begin()
 
     for k in missing[common.rank() :: common.world_size()]:
+        if common.is_done(paths[k], "train_experts", now, keys):
+            continue  # by another part of K that overlaps
         net.load_state_dict(make_net(k).state_dict())
         of_gradient = (net, train, images, targets, args, k)
         variance = [gradient_variance(*of_gradient, "start")] if k == 0 else []
