@@ -823,9 +823,8 @@ def set_up(args):
     cuda = args.device.startswith("cuda")
     try:
         torch.zeros(1, device=args.device).item()
-    except Exception as error:  # torch raises many kinds
-        reason = str(error).strip().splitlines()[0]
-        raise Problem(f"--device {args.device}: does not work here ({reason}); choose cpu") from None
+    except Exception:  # torch raises many kinds
+        raise Problem(f"--device {args.device}: does not work here; choose cpu, or another device") from None
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"

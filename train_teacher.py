@@ -138,11 +138,12 @@ def load_encoder(encoder, path):
     try:
         weights = weights.get("encoder", weights)
         encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
-        if not all(v.isfinite().all() for v in encoder.state_dict().values()):
-            raise ValueError("its numbers are not all finite")
-    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
-        reason, width = " ".join(str(error).split())[:160], encoder.conv1.out_channels
-        raise Problem(f"{path}: does not fit a ResNet-18 of --width {width} ({reason})") from None
+    except (RuntimeError, AttributeError, TypeError, ValueError):
+        width = encoder.conv1.out_channels
+        raise Problem(f"{path}: is no state dict of a ResNet-18 with a 3x3 stem, of --width {width} and as "
+                      "many colour channels as the images; give its --width, or another file") from None
+    if not all(v.isfinite().all() for v in encoder.state_dict().values()):
+        raise Problem(f"{path}: its numbers are not all finite; give another file")
 
 
 def cosine_lr(step, steps, warmup):
