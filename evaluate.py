@@ -420,7 +420,7 @@ def make_table(args, rows, sets, cells, accuracies):
         for where in itertools.product(args.downstream, args.fractions, args.probe_at or [None]):
             values = [found.get((m, row[1], *where, s), math.nan) for m in members for s in args.seeds]
             there = any(sets[m] is not None for m in members)
-            table[row, *where] = np.array(values).reshape(len(members), -1) if there else None
+            table[(row, *where)] = np.array(values).reshape(len(members), -1) if there else None
     return table
 
 
@@ -515,7 +515,7 @@ def make_tables(table, rows, downstream, budgets, paper, dataset):
                   for (p, f), source in known.items()]
         lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for row in rows:
-            first = table[row, d, *budgets[0]]
+            first = table[(row, d, *budgets[0])]
             sets, n = (0, 0) if first is None else first.shape
             texts = [row_title(row), f"{sets} x {n}" if sets > 1 else f"{n}"]
             for f, steps in budgets:
