@@ -192,9 +192,7 @@ def samples(key, split, folder):
         digits, part = load_digits(), slice(1297) if train else slice(1297, None)
         return np.round(digits.images[part] * (255 / 16)).astype(np.uint8), list(digits.target[part])
     if key == "images":
-        paths, *passed_over = find_images(folder)
-        say_passed_over(folder, *passed_over)
-        return paths, None
+        return find_images(folder), None
     if key == "imagefolder":
         return image_folder(split, folder)
     try:
@@ -269,61 +267,48 @@ def image_folder(split, folder):
     if split == "test" and not part.is_dir() and (folder / "val").is_dir():
         part = folder / "val"
         print(f"{folder}: has no folder test, so the images of val are taken", flush=True)
-    classes = {}
     for where in (folder / "train", part):
         if not where.is_dir():
             raise Problem(f"{where}: no such folder; imagefolder:DIR is DIR/train/CLASS/*, DIR/test/CLASS/* "
                           "or DIR/val/CLASS/*; for images without labels give images:DIR")
-        classes[where] = sorted(p.name for p in where.iterdir() if p.is_dir() and p.name[0] != ".")
-        unknown = set(classes[where]) - set(classes[folder / "train"])
-        if unknown or not classes[where]:
-            what = f"class {min(unknown)!r} has no folder in train" if unknown else "no class has a folder"
-            raise Problem(f"{where}: {what}; add it, or give images:DIR for images without labels")
-    known, paths, labels = classes[folder / "train"], [], []
-    hidden, others = sum(p.name[0] == "." for p in part.iterdir()), 0
-    for name in classes[part]:
-        found, *passed_over = find_images(part / name)
-        paths, labels = paths + found, labels + [known.index(name)] * len(found)
-        hidden, others = hidden + passed_over[0], others + passed_over[1]
-    say_passed_over(part, hidden, others)
-    return paths, labels
-
-
-def say_passed_over(folder, hidden, others):
-    """A line on what find_images does not take for images, if there is such."""
-    if hidden or others:
-        print(f"{folder}: passed over {hidden} hidden files or folders, and {others} files with endings that "
-              "are none of images", flush=True)
+    classes = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir() and p.name[0] != ".")
+    paths = find_images(part)
+    names = [Path(path).relative_to(part).parts[0] for path in paths]
+    wrong = set(names) - set(classes) or (set(classes) - set(names) if split == "train" else set())
+    if wrong:
+        raise Problem(f"{part}: {min(wrong)!r} is no folder of DIR/train with images of a class; put it "
+                      "right, or give images:DIR for images without labels")
+    return paths, [classes.index(name) for name in names]
 
 
 def find_images(folder):
-    """(paths of the image files at any depth below a folder, in order; numbers of hidden and of other files).
+    """The paths of the image files at any depth below a folder, in order; says how many others there are.
 
-    Hidden files and folders are passed over. Links are followed, but not to a folder that was entered
-    already or that contains the link. Raises Problem if there is no image.
+    Hidden files and folders are passed over. Links are followed, but not to a folder from which the link was
+    reached. Raises Problem if there is no image.
     """
-    if not os.path.isdir(folder):
-        raise Problem(f"{folder}: there is no such folder; give one with images")
-    entered, files, hidden = {os.path.realpath(folder)}, [], 0
+    images, others, hidden = [], [], 0
 
-    def is_new(root, name):
-        real, here = os.path.realpath(os.path.join(root, name)), os.path.realpath(root)
-        new = real not in entered and not here.startswith(real + os.sep)
-        entered.add(real)
-        return new
+    def is_new(path):
+        real = os.path.realpath(path) + os.sep
+        above = Path(path).absolute().parents if os.path.islink(path) else ()
+        return not any((os.path.realpath(parent) + os.sep).startswith(real) for parent in above)
 
     def fail(error):
-        raise Problem(f"{error.filename}: may not be read; change its permissions, or give another folder")
+        raise Problem(f"{error.filename}: {error.strerror}; give another folder, or change its permissions")
 
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        hidden += sum(name.startswith(".") for name in [*folders, *names])
-        folders[:] = [name for name in sorted(folders) if name[0] != "." and is_new(root, name)]
-        files += [os.path.join(root, name) for name in sorted(names) if name[0] != "."]
-    images = [path for path in files if path.lower().endswith(ENDINGS)]
+        hidden += sum(name[0] == "." for name in folders + names)
+        folders[:] = [n for n in sorted(folders) if n[0] != "." and is_new(os.path.join(root, n))]
+        for path in (os.path.join(root, name) for name in sorted(names) if name[0] != "."):
+            (images if path.lower().endswith(ENDINGS) else others).append(path)
+    found = " ".join(sorted({os.path.splitext(path)[1] or "none" for path in others})[:9]) or "no files"
     if not images:
-        found = " ".join(sorted({os.path.splitext(path)[1] or "none" for path in files})[:9]) or "no files"
         raise Problem(f"{folder}: has no images; endings there: {found}; those read: {' '.join(ENDINGS)}")
-    return images, hidden, len(files) - len(images)
+    if hidden or others:
+        print(f"{folder}: passed over {hidden} hidden files or folders, and {len(others)} files with endings "
+              f"that are none of images ({found})", flush=True)
+    return images
 
 
 def read_image(path):
@@ -366,39 +351,32 @@ def decode(paths, size, folder, advice):
             info = os.stat(path)
             digest.update(os.fsencode(os.path.abspath(path)))
             digest.update(f" {info.st_size} {info.st_mtime_ns}\n".encode())
-    target, shape = folder / f"{digest.hexdigest()[:16]}.npy", (len(paths), 3, size, size)
-
-    def mapped():
-        with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or cut off
-            images = np.load(target, mmap_mode="c")
-            return images if images.shape == shape else None
+    target = folder / f"{digest.hexdigest()[:16]}.npy"
 
     def read(path):
         try:
-            return squash(read_image(path), size)
+            return squash(read_image(path), size).tobytes()
         except Problem as problem:
-            return f"{path} ({problem})"
+            broken.append(f"{path} ({problem})")
         except Exception:  # Pillow raises many kinds
-            return f"{path} (cut off, or no image)"
+            broken.append(f"{path} (cut off, or no image)")
+        return b""
 
-    if mapped() is None:
-        with one_at_a_time(folder), replacing(target) as temporary, ThreadPoolExecutor() as pool:
-            broken, progress = [], Progress("decoding image", len(paths))
-            if mapped() is not None:
-                return mapped()  # another process has made it meanwhile
-            with open(temporary, "wb") as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for first in range(0, len(paths), 500):  # Pillow decodes outside the interpreter's lock
-                    for image in pool.map(read, paths[first : first + 500]):
-                        broken += [image] if isinstance(image, str) else []
-                        file.write(b"" if broken else image.tobytes())
-                    progress(min(first + 500, len(paths)), into=target)
+    broken, progress = [], Progress("decoding image", len(paths))
+    with one_at_a_time(folder):
+        with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or cut off
+            return np.load(target, mmap_mode="c")
+        with replacing(target) as temporary, ThreadPoolExecutor() as pool, open(temporary, "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), 3, size, size)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for first in range(0, len(paths), 500):  # Pillow decodes outside the interpreter's lock
+                file.writelines(pool.map(read, paths[first : first + 500]))
+                progress(min(first + 500, len(paths)), into=target)
             if broken:
                 more = ["..."] if len(broken) > 10 else []
                 raise Problem(f"{len(broken)} of {len(paths)} images cannot be read: "
-                              f"{', '.join(broken[:10] + more)}; {advice}")
-    return mapped()
+                              f"{', '.join(sorted(broken)[:10] + more)}; {advice}")
+    return np.load(target, mmap_mode="c")
 
 
 def normalise(images, data):
@@ -989,8 +967,8 @@ def load(path, keys, made_by, mmap=False):
     """Read what save wrote, with weights_only=True: a file cannot run code; Problem if it is no such file.
 
     Args:
-        keys: what it must have, {key: kind}; kind is the number of dimensions of a float32 tensor of finite
-            values, float for a number above 0, or None for anything.
+        keys: what it must have, {key: dimensions of a float32 tensor of finite values, or None for anything};
+            0 dimensions: a number above 0.
         made_by: the command to name when the file is missing or of another kind.
         mmap: leave the tensors on disk until they are read.
     """
@@ -1002,14 +980,13 @@ def load(path, keys, made_by, mmap=False):
             raise ValueError("it is damaged")  # torch itself does not look at the checksums
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         json.dumps({name: {**made} for name, made in contents.get("options", {}).items()})  # plain values
-        for key, kind in keys.items():
+        for key, ndim in keys.items():
             value = contents[key]
-            if kind is float and not (type(value) in (int, float) and 0 < value < 1e30):
-                raise ValueError(f"its {key!r} is {value!r:.50}, not a number above 0")
-            if type(kind) is int and (value.dtype, value.ndim) != (torch.float32, kind):
-                raise ValueError(f"its {key!r} is not a float32 tensor of {kind} dimensions")
-            if type(kind) is int and not all(part.isfinite().all() for part in value.split(10_000)):
-                raise ValueError(f"its {key!r} holds numbers that are not finite")
+            if ndim == 0 and not (isinstance(value, float) and 0 < value < math.inf):
+                raise ValueError(f"its {key!r} is not a number above 0")
+            if ndim and not ((value.dtype, value.ndim) == (torch.float32, ndim)
+                             and all(part.isfinite().all() for part in value.split(10_000))):
+                raise ValueError(f"its {key!r} is not a finite float32 tensor of {ndim} dimensions")
     except Exception as error:  # torch raises many kinds
         reason = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
         if type(error) not in (KeyError, ValueError):

@@ -7,8 +7,8 @@ set, and should arrive where the expert was after M more epochs on the real data
 Experts of another objective (train_experts.py --objective) are matched by students with the same, which their
 files name: MTT on labels, or naively on SSL (section 4.1).
 
-Baselines: a plain subset (random, high-loss or SAS: --iters 0), and KRR-ST (--method krr_st), which learns
-images and targets by kernel ridge regression on the features of students that train on them.
+Baselines: a plain subset (random, high-loss, SAS or k-means: --iters 0), and KRR-ST (--method krr_st), which
+learns images and targets by kernel ridge regression on the features of students that train on them.
 
 Reads:  OUT/targets.pt, OUT/experts/*.pt (MKDT, high-loss subset, --lr_init auto) and the data set.
 Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,) and std (C,); targets (S, D)
@@ -30,6 +30,7 @@ import re
 import statistics
 import sys
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ RECIPES = {  # defaults that depend on the method
     "mkdt": dict(init="high_loss", iters=5000, lr_img=1e3, decay=1.0),
     "krr_st": dict(init="random", iters=160_000, lr_img=1e-4, decay=1e-3),
 }
-INITS = ["high_loss", "random", "sas"]
+INITS = ["high_loss", "random", "sas", "kmeans"]
 
 
 def rate(text):
@@ -58,7 +59,6 @@ def parse_args(argv=None):
     syn.add_argument("--fraction", type=number, default=0.02, help="|D_syn| / |D_real|")
     syn.add_argument("--init", choices=INITS, help="start of D_syn (default: high_loss, krr_st random)")
     syn.add_argument("--num_latent_classes", type=positive, help="SAS: of k-means (default: the data set's)")
-    syn.add_argument("--latent_classes", metavar="FILE", help="SAS: .pt with {latent_classes (N,) int64}")
     syn.add_argument("--iters", type=natural, help="S (default: 5000, krr_st 160000); 0: the plain subset")
     auto = "start of alpha_syn, lr of a plain subset; auto: that of the least matching loss of the start"
     syn.add_argument("--lr_init", type=rate, default=0.1, help=auto)
@@ -240,14 +240,14 @@ def compiled_functions(args, net, data):
     return step_functions(loss_fn, compile=True)
 
 
-def draw(args, size, trajectories, *key):
+def draw(args, size, trajectories, *key, max_start=None):
     """What follows from (seed, key): (start (P,), goal (P,), the batches of N steps, what the log says).
 
-    start is an expert k at an epoch t < T+, goal the same expert M epochs later.
+    start is an expert k at an epoch t < max_start (default: T+), goal the same expert M epochs later.
     """
     draws = common.generator("cpu", args.seed, *key)
     k = torch.randint(len(trajectories), (), generator=draws).item()
-    t = torch.randint(args.max_start_epoch, (), generator=draws).item()
+    t = torch.randint(max_start or args.max_start_epoch, (), generator=draws).item()
     smallest = 2 if args.objective in common.SSL else 1  # one image has nothing to be contrasted with
     batches = common.shuffled(size, args.batch_syn, args.seed, *key, smallest=smallest)
     start, goal = (trajectories[k][epoch].to(args.device) for epoch in (t, t + args.expert_epochs))
@@ -257,15 +257,15 @@ def draw(args, size, trajectories, *key):
 def find_rate(args, images, targets, net, data, trajectories):
     """--lr_init auto: (the rate at which the set, as it starts, matches the experts best, {rate: loss}).
 
-    The inner loop runs forward alone, for four experts, at rates a factor of 2 apart, from 0.1 as far down
-    and up as the least mean matching loss asks.
+    The inner loop runs forward alone, from the fresh weights of four experts, as pre-training does, at rates
+    a factor of 2 apart, from 0.1 as far down and up as the least mean matching loss asks.
     """
     functions, tried = compiled_functions(args, net, data), {}
 
     def mean_loss(rate):
         losses = []
         for i in range(4):
-            start, goal, batches, _ = draw(args, len(images), trajectories, "rate", i)
+            start, goal, batches, _ = draw(args, len(images), trajectories, "rate", i, max_start=1)
             step_loss = make_step_loss(args, net, data, "rate", i)
             with torch.no_grad():
                 theta = student_steps(step_loss, start, images, targets, rate, batches, args.inner_momentum,
@@ -299,35 +299,6 @@ def kernel_ridge(features, targets, queries, ridge):
     kernel = features @ features.T
     penalty = ridge * kernel.trace().detach() * torch.eye(len(kernel)).to(kernel)
     return queries @ features.T @ torch.linalg.solve(kernel + penalty, targets)
-
-
-class PoolStudent:
-    """A student of KRR-ST's pool: trained on the synthetic set, full batch, a step each time it was used."""
-
-    def __init__(self, make_net, seed):
-        self.make_net = make_net
-        self.begin(seed)
-
-    def begin(self, seed):
-        torch.manual_seed(seed)
-        self.net, self.steps = self.make_net(), 0
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-
-    def train(self, syn, steps=1):
-        for _ in range(steps):
-            loss = F.mse_loss(self.net(syn.images.detach()), syn.targets.detach())
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-        self.steps += steps
-
-    def state_dict(self):
-        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": self.steps}
-
-    def load_state_dict(self, state):
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps = state["steps"]
 
 
 # ---- The start of the set, and its experts -----------------------------------------------------------------
@@ -374,26 +345,34 @@ def sas_indices(features, latent_classes, size):
 
 
 def find_latent_classes(args, features, labels):
-    """SAS's latent classes, (N,) int64: those of the file given, or k-means on the teacher's features (N, D).
+    """SAS's latent classes, (N,) int64, by k-means on the teacher's features (N, D).
 
     Of the labels (or None) only the number of classes is used, without --num_latent_classes.
     """
-    n = len(features)
-    if args.latent_classes:
-        made_by = "torch.save({'latent_classes': classes}, FILE)"
-        classes = common.load(args.latent_classes, {"latent_classes": None}, made_by)["latent_classes"]
-        if not torch.is_tensor(classes) or classes.shape != (n,) or classes.is_floating_point():
-            raise Problem(f"--latent_classes {args.latent_classes}: must hold {n} integers, one an image")
-        return classes.long()
     if labels is None and not args.num_latent_classes:
         raise Problem(f"--init sas: {args.dataset} has no labels that would say how many classes; give "
                       "--num_latent_classes")
     count = args.num_latent_classes or len(labels.unique())
-    if count > n:
-        raise Problem(f"--num_latent_classes {count}: there are {n} images; choose fewer")
+    if count > len(features):
+        raise Problem(f"--num_latent_classes {count}: there are {len(features)} images; choose fewer")
+    return k_means(features, count, args.seed)[0]
+
+
+def k_means(features, count, seed):
+    """(cluster (N,) int64, squared distance to its mean (N,)) of features (N, D)."""
     from sklearn.cluster import KMeans
 
-    return torch.from_numpy(KMeans(count, n_init=1, random_state=args.seed).fit_predict(features)).long()
+    found = KMeans(count, n_init=1, random_state=seed).fit(features)
+    labels = torch.from_numpy(found.labels_).long()
+    return labels, (features - torch.from_numpy(found.cluster_centers_)[labels]).square().sum(1)
+
+
+def kmeans_indices(features, size, seed):
+    """The image nearest to the mean of each of `size` clusters of the features (N, D): (size,)."""
+    clusters, distances = k_means(features, size, seed)
+    order = torch.from_numpy(np.lexsort((distances, clusters)))  # by cluster, the nearest first
+    first = torch.searchsorted(clusters[order], torch.arange(size))
+    return order[first.clamp(max=len(order) - 1)]  # where features are equal, a cluster may be empty
 
 
 def find_experts(args):
@@ -417,7 +396,7 @@ def find_experts(args):
     if ssl or (objective == "supervised" and args.method == "krr_st"):
         inits = ["random"]  # SSL has no loss of single examples, and KRR-ST wants a teacher's targets
     elif objective == "supervised":
-        inits = ["high_loss", "random"]  # SAS wants a teacher's features
+        inits = ["high_loss", "random"]  # the others want a teacher's features
     if args.init not in inits:
         raise Problem(f"--init {args.init}: the experts in {folder} are {objective}; choose "
                       f"{' or '.join(inits)}")
@@ -463,6 +442,8 @@ def start_indices(args, data, all_targets, example_losses):
         return high_loss_indices(example_losses, size)
     if args.init == "sas":
         return sas_indices(all_targets, find_latent_classes(args, all_targets, data.labels), size)
+    if args.init == "kmeans":
+        return kmeans_indices(all_targets, size, args.seed)
     return torch.randperm(n, generator=common.generator("cpu", args.seed, "subset"))[:size]
 
 
@@ -545,15 +526,34 @@ def distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log):
     """
     optimizer = torch.optim.AdamW([syn.images, syn.targets], args.lr_img, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, args.decay, args.iters)
-    pool = [PoolStudent(make_net, common.seed_of(args.seed, "student", k)) for k in range(args.pool_size)]
-    students = {f"student{k}": student for k, student in enumerate(pool)}
+    pool = nn.ModuleList(make_net() for _ in range(args.pool_size))
+    inner = [torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-3) for net in pool]
+    steps = torch.zeros(args.pool_size, dtype=torch.int64)  # of each student on the set, in full batches
+
+    def begin(k, *key):
+        torch.manual_seed(common.seed_of(args.seed, "student", k, *key))
+        pool[k].load_state_dict(make_net().state_dict())
+        inner[k].state.clear()
+        steps[k] = 0
+
+    def train(k, count=1):
+        for _ in range(count):
+            loss = F.mse_loss(pool[k](syn.images.detach()), syn.targets.detach())
+            inner[k].zero_grad()
+            loss.backward()
+            inner[k].step()
+        steps[k] += count
+
+    students = {f"inner{k}": one for k, one in enumerate(inner)}
+    students |= {"pool": pool, "steps": steps}
     checkpoint = checkpoint_of(optimizer=optimizer, schedule=schedule, **students)
     exact = torch.float32 if args.device.startswith("mps") else torch.float64  # lambda is small
     images = common.place(data.images, args.device)
     if checkpoint.step == 0:  # each student begins at another point of its training
-        for k, student in enumerate(pool):
+        for k in range(args.pool_size):
+            begin(k)
             common.seed_dropout(args.device, args.seed, "pool", "dropout", k)
-            student.train(syn, common.seed_of(args.seed, "pool", k) % args.pool_steps)
+            train(k, common.seed_of(args.seed, "pool", k) % args.pool_steps)
     progress = common.Progress(f"{args.name}: iteration", args.iters, checkpoint.step)
 
     for it in range(checkpoint.step, args.iters):
@@ -563,8 +563,8 @@ def distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log):
         batch = torch.randperm(len(images), generator=draws)[: args.batch_real]
         x, z = common.fetch(images, batch, args.device), common.fetch(all_targets, batch, args.device)
         with torch.no_grad():
-            queries = pool[k].net.features(common.normalise(x, data)).to(exact)
-        features = pool[k].net.features(syn.images).to(exact)
+            queries = pool[k].features(common.normalise(x, data)).to(exact)
+        features = pool[k].features(syn.images).to(exact)
         try:
             predicted = kernel_ridge(features, syn.targets.to(exact), queries, args.ridge)
         except torch.linalg.LinAlgError:
@@ -574,14 +574,14 @@ def distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log):
         loss.backward()
         optimizer.step()
         schedule.step()
-        steps = pool[k].steps
-        if steps < args.pool_steps:
-            pool[k].train(syn)
+        taken = steps[k].item()
+        if taken < args.pool_steps:
+            train(k)
         else:
-            pool[k].begin(common.seed_of(args.seed, "student", k, it))
+            begin(k, it)
 
         record(args, log, checkpoint, syn, it, syn.images.grad.norm(), regression_loss=loss.item(), student=k,
-               steps=steps)
+               steps=taken)
         progress(it + 1, regression_loss=loss)
         checkpoint.tick(it + 1, last=it + 1 == args.iters)
 
@@ -604,12 +604,12 @@ def main(args):
     n, channels, px = data.images.shape[:3]
     folder = args.out_dir / "sets"
     if args.lr_from:
-        args.lr_init = common.load(folder / f"{args.lr_from}.pt", {"lr": float}, "distill.py")["lr"]
+        args.lr_init = common.load(folder / f"{args.lr_from}.pt", {"lr": 0}, "distill.py")["lr"]
     options, path = common.recipe(args), folder / f"{args.name}.pt"
     unfinished = folder / f"{args.name}.checkpoint"
     now = {**options, "images_id": made["images_id"], "targets_id": made["targets_id"]}
     log = common.Log(args.out_dir / f"distill_{args.name}.jsonl", args)
-    if common.is_done(path, "distill", now, {"images": 4, "targets": 2, "lr": float}):
+    if common.is_done(path, "distill", now, {"images": 4, "targets": 2, "lr": 0}):
         unfinished.unlink(missing_ok=True)  # of a run that was killed just before its end
         print(f"{path} is there: nothing to do")
         return

@@ -6,8 +6,8 @@ downstream data set's labelled images (eq. 3). One encoder a seed serves all dow
 images of a seed are the same for all sets, and a smaller fraction is part of a larger.
 
 Reads:  OUT/sets/*.pt, OUT/targets.pt (for "full") and the data sets.
-Writes: OUT/results.jsonl   a record a cell: {set, pretrain, seed, steps, downstream, fraction, accuracy or
-                            error, ids of the set and of the images, options}; only missing ones are measured
+Writes: OUT/results.jsonl   a record a cell: {set, pretrain, seed, steps, downstream, fraction, accuracy (null
+                            where it failed), ids of set and images, options}; only missing ones are measured
         OUT/NAME.md         the tables, drawn from the records: mean, std, paired difference to BASE
         OUT/NAME.png        the same as a figure, if matplotlib is installed
         OUT/evaluate.jsonl, and OUT/evaluate_*.checkpoint until an encoder is judged
@@ -45,6 +45,7 @@ ROWS = {  # names of the table's rows, in its order; other sets follow under the
     "subset_random": "random subset",
     "subset_sas": "SAS subset",
     "subset_high_loss": "high-loss subset",
+    "subset_kmeans": "k-means subset",
     "krr_st_random": "KRR-ST",
     "subset_random_lr_from_mkdt_random": "random subset, lr of MKDT (random init)",
     "subset_high_loss_lr_from_mkdt_high_loss": "high-loss subset, lr of MKDT",
@@ -55,6 +56,7 @@ ROWS = {  # names of the table's rows, in its order; other sets follow under the
     "mkdt_high_loss_1000": "MKDT, 1000 iterations",
     "best_random": "our recipe (random init)",
     "best_high_loss": "our recipe (high-loss init)",
+    "best_kmeans": "our recipe (k-means init)",
     "full": "full data",
 }
 OBJECTIVES = {  # of the pre-training, and how a row says it
@@ -105,7 +107,6 @@ def parse_args(argv=None):
     labelled = "labelled part (default: 0.01 0.05; fine-tuning: 1)"
     probe.add_argument("--fractions", type=common.at_least(1e-9, float, 1), nargs="+", help=labelled)
     probe.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="of weights and labels")
-    probe.add_argument("--label_seed", type=natural, help="one draw of labels for all (default: by --seeds)")
     val = "val: on every fifth training image, whose labels are held out; to choose options by"
     probe.add_argument("--split", choices=["test", "val"], default="test", help=val)
     parser.add_run_options()
@@ -194,10 +195,10 @@ def label_order(n, seed):
     return torch.randperm(n, generator=common.generator("cpu", seed, "labels"))
 
 
-def probe(net, train, test, fractions, args, seed):
+def probe(net, train, test, fractions, args, seed, name):
     """Test accuracy in percent of linear probes on net's features (eq. 3), {labelled fraction: accuracy}."""
     n = len(train.labels)
-    order = label_order(n, seed if args.label_seed is None else args.label_seed)[: int(max(fractions) * n)]
+    order = label_order(n, seed)[: int(max(fractions) * n)]
     net.eval()  # for both splits; the authors take the training features in train mode
     features = common.encode(net.features, train.images[order], train, args.device)
     test_features = common.encode(net.features, test.images, train, args.device)
@@ -224,14 +225,14 @@ def padded_crop(images, generator, flip):
     return x[index, :, (top + at)[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def finetune(net, train, test, fractions, args, seed, small):
+def finetune(net, train, test, fractions, args, seed, name):
     """Test accuracy in percent after training net and a new head (appendix B), {labelled fraction: accuracy}.
 
-    net itself is left as it is. small: not one of CIFAR and Tiny-ImageNet, for which KRR-ST takes more steps.
+    net itself is left as it is. name: of the data set; KRR-ST takes more steps for CIFAR and Tiny-ImageNet.
     """
     recipe, accuracies, n = FINETUNE[args.protocol], {}, len(train.labels)
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    order = label_order(n, seed if args.label_seed is None else args.label_seed)
+    order = label_order(n, seed)
     for fraction in fractions:
         labelled = order[: int(fraction * n)]
         smallest = 1 if args.arch == "convnet" else 2  # BatchNorm's statistics want two
@@ -244,7 +245,8 @@ def finetune(net, train, test, fractions, args, seed, small):
         parts = [{"params": body.parameters(), "lr": recipe["lr"] * recipe["backbone"]}]
         parts += [{"params": head.parameters(), "lr": recipe["lr"]}]
         optimizer = torch.optim.SGD(parts, momentum=0.9, weight_decay=recipe["weight_decay"])
-        steps = recipe["steps"] // (1 + small) if "steps" in recipe else 0
+        large = name in ("cifar10", "cifar100", "tinyimagenet")
+        steps = recipe["steps"] // (1 if large else 2) if "steps" in recipe else 0
         steps = args.finetune_steps or steps or recipe["epochs"] * math.ceil(len(labelled) / 256)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         f = common.in_precision(body.features, args.precision)
@@ -275,24 +277,18 @@ def finetune(net, train, test, fractions, args, seed, small):
 CELL = ("set", "set_id", "pretrain", "seed", "steps", "downstream", "data_id", "fraction")
 
 
-def attempt(function, *arguments):
-    """function(*arguments), or the Problem that it raises, said in a line: the rest of the table goes on."""
+def attempt(function, *arguments, says=True):
+    """function(*arguments); None after a Problem, which is said in a line: the rest of the table goes on."""
     try:
         return function(*arguments)
     except Problem as problem:
-        if common.rank() == 0 or function not in (load_set, load_downstream):  # which all processes call
+        if says:
             print("error: " + " ".join(f"{problem}".split()), file=sys.stderr, flush=True)
-        return problem
-
-
-def first_problem(*parts):
-    """The first of the parts that is a Problem, or None."""
-    return next((part for part in parts if isinstance(part, Problem)), None)
 
 
 def load_set(path, data, out_dim, made):
     """(images, targets, lr) of a set; raises Problem if they do not fit data, an ImageSet, or its targets."""
-    contents = common.load(path, {"images": 4, "targets": 2, "lr": float}, "distill.py")
+    contents = common.load(path, {"images": 4, "targets": 2, "lr": 0}, "distill.py")
     images, targets, shape = contents["images"], contents["targets"], tuple(data.images.shape[1:])
     if images.shape[1:] != shape or len(images) != len(targets) or len(images) == 0:
         raise Problem(f"{path}: has {tuple(images.shape)} images and {len(targets)} targets, but images here "
@@ -351,14 +347,13 @@ def find_rows(folder, asked, objectives):
 
 
 def list_cells(args, rows, sets, downstream):
-    """The cells of all tables, a dict of CELL each; a set of None is not there, and has none."""
-    ids = {name: common.fingerprint(*part) if isinstance(part, tuple) and name != "none" else "none"
+    """The cells of all tables, a dict of CELL each; one whose set or data set is None will fail."""
+    ids = {name: common.fingerprint(*part) if part and name != "none" else "none"
            for name, part in sets.items()}
-    data_ids = {d: "none" if first_problem(part) else part[2] for d, part in downstream.items()}
-    return [dict(zip(CELL, (name, ids[name], objective, seed, steps, d, data_ids[d], f)))
-            for (_, objective), members in rows.items() for name in members if sets[name] is not None
+    return [dict(zip(CELL, (name, ids[name], objective, seed, steps, d, part and part[2], f)))
+            for (_, objective), members in rows.items() for name in members if name in sets
             for seed in args.seeds for steps in args.probe_at or [None]
-            for d in downstream for f in args.fractions]
+            for d, part in downstream.items() for f in args.fractions]
 
 
 def key(record):
@@ -371,8 +366,8 @@ def read_accuracies(path, options):
     found = {}
     for record in common.read_records(path):
         plain = all(isinstance(part, (str, int, float, type(None))) for part in key(record))
-        if plain and record.get("options") == options and "accuracy" in record:
-            accuracy = record["accuracy"]
+        if plain and record.get("options") == options:
+            accuracy = record.get("accuracy")
             fine = type(accuracy) in (int, float) and 0 <= accuracy <= 100
             found[key(record)] = accuracy if fine else math.nan
     return found
@@ -398,18 +393,19 @@ def make_pretrained(args, cell, the_set, data, out_dim, options):
     return net
 
 
-def measure(args, cells, net, downstream):
-    """Yields (cell, accuracy or the Problem) of the cells of one encoder, which may be a Problem itself."""
-    for d, part in itertools.groupby(cells, lambda cell: cell["downstream"]):
-        part = list(part)
-        found = first_problem(net, downstream[d])
-        if not found:
-            train, test, _ = downstream[d]
-            words = net, train, test, [cell["fraction"] for cell in part], args, part[0]["seed"]
-            small = d not in ("cifar10", "cifar100", "tinyimagenet")
-            found = attempt(probe, *words) if args.protocol == "linear" else attempt(finetune, *words, small)
-        for cell in part:
-            yield cell, found if first_problem(found) else found[cell["fraction"]]
+def measure(args, cells, sets, downstream, data, out_dim, options):
+    """Pre-trains the encoder of these cells, and yields (cell, accuracy, or None where it failed)."""
+    the_set, seed, net = sets[cells[0]["set"]], cells[0]["seed"], None
+    if the_set and any(downstream[cell["downstream"]] for cell in cells):
+        net = attempt(make_pretrained, args, cells[0], the_set, data, out_dim, options)
+    judge, found = probe if args.protocol == "linear" else finetune, {}
+    for d in dict.fromkeys(cell["downstream"] for cell in cells):
+        fractions = [cell["fraction"] for cell in cells if cell["downstream"] == d]
+        if net and downstream[d]:
+            found[d] = attempt(judge, net, *downstream[d][:2], fractions, args, seed, d)
+    for cell in cells:
+        accuracies = found.get(cell["downstream"])
+        yield cell, accuracies and accuracies[cell["fraction"]]
 
 
 def make_table(args, rows, sets, cells, accuracies):
@@ -419,7 +415,7 @@ def make_table(args, rows, sets, cells, accuracies):
     for row, members in rows.items():
         for where in itertools.product(args.downstream, args.fractions, args.probe_at or [None]):
             values = [found.get((m, row[1], *where, s), math.nan) for m in members for s in args.seeds]
-            there = any(sets[m] is not None for m in members)
+            there = any(m in sets for m in members)
             table[(row, *where)] = np.array(values).reshape(len(members), -1) if there else None
     return table
 
@@ -567,13 +563,12 @@ def save_figure(path, table, rows, downstream, fractions, steps):
 def caption(args, downstream, paper):
     """What the tables do not say of themselves."""
     judged = "linear probe" if args.protocol == "linear" else f"full fine-tuning ({args.protocol})"
-    drawn = "order and labels" if args.label_seed is None else f"order (labels: seed {args.label_seed})"
     long = f"{args.epochs} epochs (as in KRR-ST: {args.krr_st_epochs})"
     long = "the steps that are said" if args.probe_at else long
     texts = [
         f"Accuracy in % on the {args.split} split, {judged} of {args.arch} encoders pre-trained on "
         f"{short_names([args.dataset])[args.dataset]} for {long}.",
-        f"Mean ± std (divisor n - 1) over n seeds of weights, {drawn}, or sets x seeds.",
+        "Mean ± std (divisor n - 1) over n seeds of weights, order and labels, or sets x seeds.",
         "Differences to the random subset: paired by seed, ± standard error.",
         "Rows that name no other way are pre-trained by MSE to the set's targets (KD).",
     ]
@@ -583,7 +578,7 @@ def caption(args, downstream, paper):
         known = "three seeds, std with divisor n, from results/paper.csv" if paper else "not known here"
         texts.append(f"The paper's figures: {known}.")
     for d, part in downstream.items():
-        test = None if first_problem(part) else part[1]
+        test = part and part[1]
         if test and ((test.labels == test.labels[0]).all() or (test.images == test.images[0]).all()):
             texts.append(f"The test images of {d} are of one class, or all alike: nothing to tell apart.")
     return " ".join(texts)
@@ -613,15 +608,16 @@ def main(args):
 
     rows = find_rows(args.out_dir / "sets", args.sets, args.pretrain)
     sets = {"none": (None, None, None), "full": (data.images, all_targets, args.lr)}
+    first = common.rank() == 0  # says what all processes find
     for name in sum(rows.values(), []):
         path = args.out_dir / "sets" / f"{name}.pt"
-        if name not in sets:
-            sets[name] = attempt(load_set, path, data, out_dim, made)
-            sets[name] = sets[name] if path.exists() else None
-    downstream = {d: attempt(load_downstream, d, args, channels) for d in args.downstream}
-    cells = list_cells(args, rows, sets, downstream)
-    if all(first_problem(sets[cell["set"]], downstream[cell["downstream"]]) for cell in cells):
+        loaded = sets.get(name) or attempt(load_set, path, data, out_dim, made, says=first)
+        if path.exists() or loaded:  # or the row is not run
+            sets[name] = loaded
+    downstream = {d: attempt(load_downstream, d, args, channels, says=first) for d in args.downstream}
+    if not any(downstream.values()) or not any(sets.get(name) for name in sum(rows.values(), [])):
         sys.exit(2)  # nothing can be measured; why is said
+    cells = list_cells(args, rows, sets, downstream)
 
     known, jobs = read_accuracies(results, options), {}
     for cell in cells:
@@ -633,12 +629,8 @@ def main(args):
     mine = list(jobs.values())[common.rank() :: common.world_size()]
     progress = common.Progress("encoder", len(mine))
     for i, part in enumerate(mine):
-        words = args, part[0], sets[part[0]["set"]], data, out_dim, options
-        net = first_problem(*words) or attempt(make_pretrained, *words)
-        for cell, accuracy in measure(args, part, net, downstream):
-            failed = {"accuracy": None, "error": f"{accuracy}"}
-            result = failed if first_problem(accuracy) else {"accuracy": accuracy}
-            common.append(results, {**cell, **result, "options": options})
+        for cell, accuracy in measure(args, part, sets, downstream, data, out_dim, options):
+            common.append(results, {**cell, "accuracy": accuracy, "options": options})
         progress(i + 1, set=part[0]["set"], seed=part[0]["seed"])
     common.wait_for_all()
     if common.rank() > 0:

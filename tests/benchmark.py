@@ -4,7 +4,6 @@
     python tests/benchmark.py --device cuda
     python tests/benchmark.py --only iteration experts
     python tests/benchmark.py --scale          # instead: how time and memory grow with sizes, a table
-    python tests/benchmark.py --work           # or: the arithmetic of whole runs at the paper's sizes
 
 Each measurement has two processes, which are warmed up and then run in turn, so that both see the same load
 of the machine; shown are medians, and the median of the ratios. The baselines are written here, after the
@@ -33,7 +32,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
@@ -42,7 +40,6 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 import distill  # noqa: E402
-import evaluate  # noqa: E402
 import train_experts  # noqa: E402
 import train_teacher  # noqa: E402
 
@@ -57,7 +54,7 @@ def unrolled_steps(loss_fn, theta, images, targets, lr, batches):
     return theta
 
 
-def iteration(side, device, precision="fp32"):
+def iteration(side, device):
     """One distillation iteration: N inner steps, the matching loss, its gradient in pixels and lr."""
     steps, batch = (40, 256) if device.startswith("cuda") else (10, 128)
     to = dict(device=device, dtype=torch.float64 if side == "exact" else torch.float32)
@@ -73,7 +70,7 @@ def iteration(side, device, precision="fp32"):
     memory_format = torch.channels_last if side == "ours" else torch.contiguous_format
 
     def loss_fn(theta, x, z, n):
-        f = common.in_precision(lambda x: common.forward_flat(net, theta, x, memory_format), precision)
+        f = functools.partial(common.forward_flat, net, theta, memory_format=memory_format)
         return common.student_loss("kd", f, x, z, DATA)
 
     functions = distill.step_functions(loss_fn, compile=True) if side == "ours" else None
@@ -86,16 +83,6 @@ def iteration(side, device, precision="fp32"):
         return torch.autograd.grad(distill.matching_loss(end, theta, goal), (images, lr))
 
     return run
-
-
-def iteration_in_bf16(side, device):
-    """The baseline's iteration on both sides, ours in bfloat16 by autocast."""
-    return iteration("baseline", device, precision="bf16" if side == "ours" else "fp32")
-
-
-def keep_memory(side, device):
-    """The baseline's iteration on both sides, ours with common.keep_memory, as all of ours."""
-    return iteration("baseline", device)
 
 
 def experts(side, device):
@@ -137,14 +124,14 @@ def views(side, device):
     return lambda: torch.stack([torch.stack([view(image) for image in images]) for _ in range(2)]).to(device)
 
 
-def teacher(side, device, precision="fp32", whole=None):
+def teacher(side, device):
     """Two steps of Barlow Twins on ResNet-18; the baseline: forward and backward only, on ready views."""
     batch = 256 if device.startswith("cuda") else 64
-    words = ["--device", device, "--batch_size", str(batch), "--epochs", "1", "--precision", precision]
+    words = ["--device", device, "--batch_size", str(batch), "--epochs", "1"]
     args = train_teacher.parse_args(words)
     images = torch.randint(0, 256, (2 * batch, 3, 32, 32), dtype=torch.uint8).to(device)
     encoder = common.ResNet().to(device, memory_format=torch.channels_last)
-    if side == "ours" if whole is None else whole:
+    if side == "ours":
         return lambda: train_teacher_on(encoder, images, args)
     projector = train_teacher.make_projector(args.ssl, 512, args.projection_dim)
     net = torch.nn.Sequential(encoder, projector).to(device).train()
@@ -156,11 +143,6 @@ def teacher(side, device, precision="fp32", whole=None):
         return []
 
     return step
-
-
-def teacher_in_bf16(side, device):
-    """Two whole steps of the teacher on both sides, ours with --precision bf16."""
-    return teacher(side, device, "bf16" if side == "ours" else "fp32", whole=True)
 
 
 class Nothing:
@@ -211,17 +193,13 @@ def large_probe(side, device):
 
 TASKS = {  # name -> (function, whether both sides compute the same numbers)
     "iteration": (iteration, True),
-    "iteration_in_bf16": (iteration_in_bf16, True),
-    "keep_memory": (keep_memory, True),
     "experts": (experts, False),
     "teacher": (teacher, False),
-    "teacher_in_bf16": (teacher_in_bf16, False),
     "views": (views, False),
     "probe": (probe, True),
     "large_probe": (large_probe, True),
 }
 EXACT = ("iteration",)  # compared with float64, too
-OURS = ("iteration_in_bf16", "teacher", "teacher_in_bf16")  # ours on both sides, but for one thing
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -253,27 +231,6 @@ def scale_load(device, N=20_000, mapped=False):
     return lambda: common.load_images(name, "train", folder, 64), lambda: shutil.rmtree(folder)
 
 
-def scale_teacher(device, N=500, px=32):
-    """An epoch of the teacher (width 16, batch 100)."""
-    words = ["--width", "16", "--batch_size", "100", "--epochs", "1", "--device", device]
-    args, images = train_teacher.parse_args(words), random_images(N, px).to(device)
-    encoder = common.ResNet(width=16).to(device, memory_format=torch.channels_last)
-    return lambda: train_teacher_on(encoder, images, args)
-
-
-def scale_experts(device, N=1000, px=32, K=1):
-    """An epoch of K experts (width 32, batch 256)."""
-    args = train_experts.parse_args(["--epochs", "1", "--device", device])
-    images, targets = random_images(N, px).to(device), torch.randn(N, 128).to(device)
-
-    def run():
-        for k in range(K):
-            net = common.ConvNet(128, px, 3, 32, common.default_depth(px)).to(device)
-            train_experts.train_expert(net, net, DATA, images, targets, args, k, Nothing)
-
-    return run
-
-
 def scale_distill(device, S=500, steps=10, px=32, batch=64):
     """An iteration of distillation (width 32)."""
     net = common.ConvNet(128, px, 3, 32, common.default_depth(px)).to(device)
@@ -295,45 +252,12 @@ def scale_distill(device, S=500, steps=10, px=32, batch=64):
     return run
 
 
-def scale_read_experts(device, K=20, N=10_000):
-    """Opening K experts for N images (P = 164,000) and choosing the high-loss start."""
-    folder, net = Path(tempfile.mkdtemp()), common.ConvNet(128, 32, 3, 32)
-    for k in range(K):
-        trajectory, losses = common.flatten(net).repeat(4, 1), torch.rand(N)
-        common.save(folder / f"{k:04d}.pt", {"trajectory": trajectory, "example_loss": losses})
-
-    def run():
-        made = {"options": {}, "targets_id": "0", "images_id": "0"}
-        paths = sorted(folder.glob("*.pt"))
-        _, losses, _ = distill.load_experts(paths, N, common.flatten(net).numel(), made)
-        distill.high_loss_indices(losses, 100)
-
-    return run, lambda: shutil.rmtree(folder)
-
-
-def scale_evaluate(device, S=500, labelled=500):
-    """Pre-training for 20 epochs on a set, and one probe (width 32, 10 classes)."""
-    args = evaluate.parse_args(["--device", device])
-    images, targets = torch.randn(S, 3, 32, 32).to(device), torch.randn(S, 128).to(device)
-    data = DATA._replace(images=random_images(labelled, 32), labels=torch.arange(labelled) % 10)
-
-    def run():
-        net = common.ConvNet(128, 32, 3, 32).to(device)
-        evaluate.pretrain(net, "kd", images, targets, data, 0.1, args, 0)
-        evaluate.probe(net, data, data, [1.0], args, 0)
-
-    return run
-
-
 SCALES = {  # name -> (function, {quantity: its values})
     "reading": (scale_load, {"N": [10_000, 30_000, 100_000]}),
     "opening what was decoded": (
         functools.partial(scale_load, mapped=True),
         {"N": [10_000, 30_000, 100_000]},
     ),
-    "teacher": (scale_teacher, {"N": [500, 1000, 2000], "px": [16, 32, 64]}),
-    "experts": (scale_experts, {"N": [1000, 2000, 4000], "px": [16, 32, 64], "K": [1, 2, 4]}),
-    "opening experts": (scale_read_experts, {"K": [20, 60, 180], "N": [10_000, 100_000, 1_000_000]}),
     "distillation": (
         scale_distill,
         {
@@ -343,7 +267,6 @@ SCALES = {  # name -> (function, {quantity: its values})
             "px": [16, 32, 64],
         },
     ),
-    "evaluation": (scale_evaluate, {"S": [500, 1000, 2000], "labelled": [500, 2000, 8000]}),
 }
 
 
@@ -398,55 +321,6 @@ def scale(args):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The arithmetic of whole runs (--work), counted without computing it
-# ------------------------------------------------------------------------------------------------------------
-
-RUNS = {  # of the paper's settings, sets of 2 %; the teacher of the last is ours to choose
-    "CIFAR-10": dict(N=50_000, px=32, epochs=1000, steps=40),
-    "Tiny-ImageNet": dict(N=100_000, px=64, epochs=1000, steps=10),
-    "1.28 M images of 64 px": dict(N=1_280_000, px=64, epochs=100, steps=10),
-}
-
-
-def flops(function):
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
-def work():
-    """Prints, for each of RUNS, the operations of each stage in units of 10^15."""
-    print("| run | teacher | 100 experts | 5,000 iterations | a full-data encoder |")
-    print("|---|---|---|---|---|")
-    records = []
-    for name, run in RUNS.items():
-        N, px, B = run["N"], run["px"], 256
-        with torch.device("meta"):
-            resnet, net = common.ResNet(), common.ConvNet(512, px, depth=common.default_depth(px))
-            x, z, theta = torch.randn(B, 3, px, px), torch.randn(B, 512), common.flatten(net)
-        two_views = flops(lambda: sum(resnet(x).sum() for _ in range(2)).backward())  # noqa: B023
-        step = flops(lambda: common.mse_loss(net(x), z).backward())  # noqa: B023
-        theta, x = theta.requires_grad_(), x.requires_grad_()
-
-        def inner(steps=run["steps"], net=net, theta=theta, x=x, z=z):
-            """A step forward, and one back, which begins with the gradient again."""
-            for back in (False, True):
-                loss = common.mse_loss(common.forward_flat(net, theta, x), z)
-                (g,) = torch.autograd.grad(loss, theta, create_graph=back)
-            g.square().sum().backward()
-
-        counts = {
-            "teacher": run["epochs"] * (N // B) * two_views,
-            "experts": 100 * 3 * N / B * step,
-            "iterations": 5000 * run["steps"] * flops(inner),
-            "full": 20 * N / B * step,
-        }
-        records.append({"run": name, **counts})
-        print(f"| {name} | {' | '.join(f'{c / 1e15:,.3g}' for c in counts.values())} |", flush=True)
-    return records
-
-
-# ------------------------------------------------------------------------------------------------------------
 
 
 def memory(device):
@@ -458,7 +332,7 @@ def memory(device):
 
 def worker(task, side, device, threads, path):
     """Runs a task once a line on stdin; prints seconds, and at the end the peak of memory beyond the data."""
-    if side == "ours" or task in OURS:
+    if side == "ours" or task == "teacher":
         common.keep_memory()
     if threads:
         torch.set_num_threads(threads)
@@ -535,7 +409,6 @@ def parse_args(argv=None):
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), help="tasks")
     rows = "how time and memory grow, instead: of these rows, or all"
     parser.add_argument("--scale", nargs="*", choices=SCALES, metavar="ROW", help=rows)
-    parser.add_argument("--work", action="store_true", help="the arithmetic of whole runs, instead")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--scale_worker", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -562,8 +435,6 @@ def main():
     where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu"
     made = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": where}
     made["threads"] = args.threads or torch.get_num_threads()
-    if args.work:
-        return keep("work", work(), lambda a, b: a["run"] == b["run"])
     if args.scale is not None:
         records = [{**record, **made} for record in scale(args)]
         names = ("stage", "quantity", "device")

@@ -273,13 +273,13 @@ GOOD = {"x": torch.ones(2), "lr": 0.1}
 def test_load_says_what_to_do(tmp_path, content):
     path = tmp_path / "a.pt"
     torch.save(GOOD, path)
-    common.load(path, {"x": 1, "lr": float}, "train_teacher.py")
+    common.load(path, {"x": 1, "lr": 0}, "train_teacher.py")
     path.unlink()
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    refuses(lambda: common.load(path, {"x": 1, "lr": float}, "train_teacher.py"), path, "train_teacher.py")
+    refuses(lambda: common.load(path, {"x": 1, "lr": 0}, "train_teacher.py"), path, "train_teacher.py")
 
 
 def test_load_runs_no_code(tmp_path, capsys):

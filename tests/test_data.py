@@ -304,14 +304,14 @@ def test_hidden_folders_are_no_classes(folder, capsys):
 
 
 def test_links(folder, tmp_path):
-    """Those to files and other folders are followed; no image comes twice by those to a parent."""
+    """Those to files and other folders are followed, but for those to a folder that one came from."""
     for name in ("else/0.png", "else/where/1.png", "single.png"):
         write_image(tmp_path / name, 9)
     links = {"up": "own", "here": "own/train/b", "2.png": "single.png", "3": "else/where", "../d": "else"}
     for name, target in links.items():
         (folder / "train/b" / name).symlink_to(tmp_path / target)
     assert load(folder).labels.tolist() == [0, 1, 1, 1, 2, 3, 3]
-    assert len(load(folder, name="images").images) == 2 + 6  # where/1.png once
+    assert len(load(folder, name="images").images) == 2 + 7
 
 
 def test_images_are_decoded_once(folder, tmp_path, monkeypatch):
@@ -396,14 +396,19 @@ def test_images_are_turned_upright(folder):
         assert upright[:, :16].min() > 200 and upright[:, 16:].max() < 50
 
 
-def test_folders_that_are_none(folder, tmp_path):
+def test_folders_that_are_none(folder, tmp_path, capsys):
     write_image(folder / "test/zebra/0.png")
     refuses(lambda: load(folder, "test"), "zebra", "train")
     for name in ("letter.docx", "photo.heic", "none"):
         (folder / "train/empty").mkdir(exist_ok=True)
         (folder / "train/empty" / name).touch()
-    refuses(lambda: load(folder), "train/empty", ".docx .heic none", ".jpg .jpeg .png")
+    refuses(lambda: load(folder), "train: 'empty'", "no folder of DIR/train with images")
+    assert "3 files with endings that are none of images (.docx .heic none)" in capsys.readouterr().out
     refuses(lambda: load(folder / "train/empty", name="images"), "train/empty", ".docx .heic none", ".webp")
+    write_image(folder / "train/loose.png")
+    (folder / "train/empty/none").rename(folder / "train/empty/some.png")
+    write_image(folder / "train/empty/some.png")
+    refuses(lambda: load(folder), "train: 'loose.png'")
     (folder / "train").rename(folder / "training")
     refuses(lambda: load(folder), folder / "train", "no such folder")
     refuses(lambda: load(tmp_path / "nowhere", name="images"), tmp_path / "nowhere")

@@ -288,21 +288,6 @@ def test_gradient_of_krr_st():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_a_pool_student_trains_on_the_set():
-    torch.manual_seed(0)
-    syn = distill.SyntheticSet(torch.randn(6, 1, 8, 8), torch.randn(6, 5), 0.1, log_lr=False)
-    make_net = functools.partial(common.ConvNet, 5, 8, 1, 4, 2)
-    one, again, resumed = (distill.PoolStudent(make_net, seed) for seed in (3, 3, 4))
-    before = F.mse_loss(one.net(syn.images), syn.targets).item()
-    one.train(syn, 20)
-    assert one.steps == 20 and F.mse_loss(one.net(syn.images), syn.targets).item() < before
-    assert syn.images.grad is None and syn.targets.grad is None
-    again.train(syn, 12)
-    resumed.load_state_dict(again.state_dict())
-    resumed.train(syn, 8)
-    assert torch.equal(common.flatten(resumed.net), common.flatten(one.net)) and resumed.steps == 20
-
-
 # ---- The numbers of an earlier version ---------------------------------------------------------------------
 
 # Of inputs that are sines; steps: norm of theta_N, an element, the matching loss, the norms of its gradient

@@ -28,7 +28,8 @@ def snapshot(folder):
     """{path: lines} of all files in a folder; of logs without the starts, of results without the failures."""
     found = {p: p.read_bytes().splitlines() for p in folder.rglob("*") if p.is_file()}
     for path in folder.glob("*.jsonl"):
-        found[path] = [line for line in found[path] if not {b'{"command":', b'"error":'} & {*line.split()}]
+        passing = b'{"command":', b'"accuracy": null'
+        found[path] = [line for line in found[path] if not any(words in line for words in passing)]
     return {path: lines for path, lines in found.items() if lines or path.suffix != ".jsonl"}
 
 
@@ -213,8 +214,6 @@ def test_other_peoples_files_and_what_is_no_file(copy, run, tmp_path):
     for what, wrong in foreign(witness).items():
         path.write_bytes(wrong)
         refuses(lambda: run("train_teacher", [*TEACHER, "--init_from", path], new), path, what=what)
-        sas = [*MKDT, "--init", "sas", "--name", "x", "--latent_classes", path]
-        refuses(lambda sas=sas: run("distill", sas, copy), path, what=what)
     assert not witness.exists() and not (new / "teacher.pt").exists()
     os.mkfifo(copy / "sets/fifo.pt")
     refuses(lambda: run("evaluate", [*EVALUATE, "--sets", "fifo"], copy), "fifo.pt", "is not a file")
