@@ -138,7 +138,11 @@ copy_targets() { # of $base, to the folder $1, whole or not at all
     { cp "$base/targets.pt" "$1/targets.pt.tmp" && mv "$1/targets.pt.tmp" "$1/targets.pt"; }; } || { failed=2; return 2; }
 }
 
-teach() { # targets.pt in $out, of the teacher in $base
+teach() { # targets.pt in $out, of the teacher in $base, or of another --encoder
+  if [ "$RECIPE" = best ] && [[ " $teacher" = *" --encoder "* ]]; then
+    run train_teacher.py "${data[@]}" --out_dir "$out" --target_dim 256 $teacher
+    return
+  fi
   run train_teacher.py "${data[@]}" --out_dir "$base" $teacher || return
   if [ "$RECIPE" = best ] && [ -f "$base/teacher.pt" -o -n "${DRY_RUN:-}" ]; then # not with targets of one's own
     run train_teacher.py "${data[@]}" --out_dir "$out" $teacher --init_from "$base/teacher.pt" --epochs 0 \

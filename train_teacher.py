@@ -10,10 +10,13 @@ Writes: OUT/teacher.pt   {encoder: state dict}
                          can be given targets: scale (f_T(x) - mean) components^T
         OUT/train_teacher.jsonl, and while it runs OUT/train_teacher.checkpoint: the same command goes on
 
-The targets are the features f_T(x) before the projector, in eval mode, of images without augmentation.
+The targets are the features f_T(x) before the projector, in eval mode, of images without augmentation. With
+--encoder they are those of a network that was trained elsewhere; then there is no teacher.pt.
 
     python train_teacher.py                                      # CIFAR-10, the paper's setting
     python train_teacher.py --init_from resnet18.pt --epochs 0   # targets from your own ResNet-18
+    python train_teacher.py --encoder torchvision:resnet50       # of a network trained on ImageNet
+    python train_teacher.py --encoder hub:facebookresearch/vicreg:main:resnet50    # the same, without labels
     python train_teacher.py --target_dim 256     # 256 principal components instead (not the paper)
     torchrun --nproc_per_node 4 train_teacher.py                 # on four GPUs, each a quarter of a batch
 
@@ -55,6 +58,8 @@ def parse_args(argv=None):
     net = parser.add_argument_group("teacher f_T and its targets")
     net.add_argument("--width", type=positive, default=64, help="of ResNet-18's first stage; D = 8 width")
     net.add_argument("--init_from", help="state dict of a ResNet-18 with a 3x3 stem, or a teacher.pt")
+    kinds = "torchvision:NAME, hub:OWNER/REPO[:BRANCH]:NAME or hub:DIR:NAME"
+    net.add_argument("--encoder", help=f"{kinds}: a network that was trained elsewhere")
     components = "D: the mean is taken out, so many principal components are left (the paper: 0, as they are)"
     net.add_argument("--target_dim", type=natural, default=0, help=components)
     parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
@@ -63,6 +68,10 @@ def parse_args(argv=None):
     for name, value in RECIPES[args.ssl].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.encoder:
+        args.epochs = 0
+        if args.encoder.split(":")[0] not in ("torchvision", "hub") or args.init_from:
+            raise Problem(f"--encoder {args.encoder}: give {kinds}, and no --init_from")
     if args.batch_size % common.world_size():
         raise Problem(f"--batch_size {args.batch_size}: choose a multiple of {common.world_size()} processes")
     return args
@@ -146,6 +155,39 @@ def load_encoder(encoder, path):
         raise Problem(f"{path}: its numbers are not all finite; give another file")
 
 
+def load_pretrained(name, device):
+    """--encoder: a network that was trained elsewhere, as f: images (B, C, H, W) uint8 -> features (B, D).
+
+    The last layer of its classifier is taken off, where it has one. torchvision's models bring their own
+    preprocessing; those of torch.hub get the usual one of ImageNet, at 224 px. Raises Problem if network
+    or weights cannot be had.
+    """
+    from torchvision import models
+
+    source, _, rest = name.partition(":")
+    repo, _, model = rest.rpartition(":")
+    where = f"https://github.com/{repo} can be unpacked into a folder DIR, for hub:DIR:{model}"
+    try:
+        preprocess = models.get_model_weights("resnet18").DEFAULT.transforms()
+        if source == "hub":
+            kind = "local" if Path(repo).is_dir() else "github"
+            net = torch.hub.load(repo, model, source=kind, trust_repo=True, verbose=False)
+        else:
+            where = f"choose one of torchvision.models.list_models(), not {rest!r}"
+            weights = models.get_model_weights(rest).DEFAULT
+            where = f"{weights.url} belongs into {torch.hub.get_dir()}/checkpoints"
+            net, preprocess = models.get_model(rest, weights=weights), weights.transforms()
+    except Exception as error:  # whatever the code of a repository raises
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        raise Problem(f"--encoder {name}: cannot be had ({reason}); {where}") from None
+    last = [name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+            and name.partition(".")[0] in ("fc", "classifier", "head", "heads")]
+    if last:
+        net.set_submodule(last[-1], nn.Identity())
+    net = net.to(device).eval()
+    return lambda x: net(preprocess(x.expand(-1, 3, -1, -1))).flatten(1)  # grey images as red, green and blue
+
+
 def cosine_lr(step, steps, warmup):
     """Share of the lr at a step: linear growth for `warmup` steps, then a half cosine to a thousandth."""
     if step < warmup:
@@ -227,17 +269,39 @@ def train(encoder, data, args, now, log, path):
         checkpoint.tick(step + 1, last=step + 1 == steps)
 
 
+def make_teacher(data, args, made, log):
+    """The encoder f_T in eval mode, of OUT/teacher.pt, which is made if it is not there."""
+    path, checkpoint = args.out_dir / "teacher.pt", args.out_dir / "train_teacher.checkpoint"
+    now = {**made["options"]["train_teacher"], "images_id": made["images_id"]}
+    del now["target_dim"]  # the teacher is the same
+    there = common.is_done(path, "train_teacher", now, {"encoder": None})
+    torch.manual_seed(common.seed_of(args.seed, "teacher"))
+    encoder = common.ResNet(channels=data.images.shape[1], width=args.width, norm_layer=SyncBatchNorm)
+    if there or args.init_from:
+        load_encoder(encoder, path if there else args.init_from)
+    encoder = encoder.to(args.device, memory_format=common.layout(args.width))
+    if there:
+        log.begin()
+    else:
+        train(encoder, data, args, now, log, checkpoint)
+        if common.rank() == 0:
+            weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
+            common.save(path, {"encoder": weights, **made})
+    if common.rank() == 0:
+        checkpoint.unlink(missing_ok=True)
+    return encoder.eval()
+
+
 @contextlib.contextmanager
-def represented(encoder, data, args):
-    """Yields the features f_T(x) of all images, (N, D') float32, on disk while they are used."""
-    n, images = len(data.images), common.place(data.images, args.device)
-    progress = common.Progress("encoded image", n)
+def represented(f, images, batch, args):
+    """Yields the features f(x) of all images, (N, D') float32, on disk while they are used."""
+    n, progress = len(images), common.Progress("encoded image", len(images))
     with common.replacing(args.out_dir / "features") as temporary:
         with open(temporary, "wb") as file:
-            for i in range(0, n, 500):
-                part = common.encode(encoder, images[i : i + 500], data, args.device).cpu()
+            for i in range(0, n, batch):
+                part = f(common.fetch(images, slice(i, i + batch), args.device)).float().cpu()
                 file.write(part.numpy().tobytes())
-                progress(min(i + 500, n))
+                progress(min(i + batch, n))
         yield torch.from_file(str(temporary), size=n * part.shape[1]).view(n, -1)
         temporary.unlink()  # nothing stays
 
@@ -264,53 +328,40 @@ def load_test(args, data):
 
 def main(args):
     common.set_up(args)
-    options = common.recipe(args)
+    options, targets_path = common.recipe(args), args.out_dir / "targets.pt"
     if args.init_from:  # by its contents: another file of the same name is another teacher
         common.load(args.init_from, {}, "torch.save(encoder.state_dict(), FILE)")
         options["init_from"] = hashlib.sha256(Path(args.init_from).read_bytes()).hexdigest()[:16]
-    teacher_path, targets_path = args.out_dir / "teacher.pt", args.out_dir / "targets.pt"
-    checkpoint_path = args.out_dir / "train_teacher.checkpoint"
     log = common.Log(args.out_dir / "train_teacher.jsonl", args)
     if common.is_done(targets_path, "train_teacher", options, {"targets": 2}):
-        for path in (checkpoint_path, args.out_dir / "features.tmp"):
-            path.unlink(missing_ok=True)
+        for name in ("train_teacher.checkpoint", "features.tmp"):
+            (args.out_dir / name).unlink(missing_ok=True)
         print(f"{targets_path} is there: nothing to do")
         return
     data = common.load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
     test = load_test(args, data)  # not after hours of training
     if args.epochs and args.batch_size > len(data.images):
         raise Problem(f"--batch_size {args.batch_size}: there are {len(data.images)} images; choose less")
-
     made = {"options": {"train_teacher": options}, "images_id": common.images_id(data.images)}
-    now = {**options, "images_id": made["images_id"]}
-    del now["target_dim"]  # the teacher is the same
-    trained = common.is_done(teacher_path, "train_teacher", now, {"encoder": None})
-    trained = trained and not checkpoint_path.exists()  # which goes last
-    torch.manual_seed(common.seed_of(args.seed, "teacher"))
-    encoder = common.ResNet(channels=data.images.shape[1], width=args.width, norm_layer=SyncBatchNorm)
-    if trained or args.init_from:
-        load_encoder(encoder, teacher_path if trained else args.init_from)
-    encoder = encoder.to(args.device, memory_format=common.layout(args.width))
-    if trained:
+    if args.encoder:
+        f, batch = load_pretrained(args.encoder, args.device), 64
         log.begin()
     else:
-        train(encoder, data, args, now, log, checkpoint_path)
+        encoder = make_teacher(data, args, made, log)
+        f, batch = lambda x: encoder(common.normalise(x, data)), 500
     if common.rank() > 0:
         return  # what follows is one's work
 
-    with represented(encoder.eval(), data, args) as features:
+    with torch.no_grad(), represented(f, data.images, batch, args) as features:
         contents = make_targets(features, args.target_dim)
         if test:
-            x = common.encode(encoder, test.images, data, args.device).cpu()
-            accuracy = common.probe_accuracy(features, data.labels, x, test.labels)
+            parts = [f(common.fetch(test.images, slice(i, i + batch), args.device)).cpu()
+                     for i in range(0, len(test.images), batch)]
+            accuracy = common.probe_accuracy(features, data.labels, torch.cat(parts), test.labels)
             log.write(probe_accuracy=accuracy)
             print(f"linear probe of the teacher's features, all labels: {accuracy:.2f} % test accuracy")
-        weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
-        if not trained:
-            common.save(teacher_path, {"encoder": weights, **made})
         common.save(targets_path, {**contents, **made})
-    checkpoint_path.unlink(missing_ok=True)
-    print(f"wrote {teacher_path} and {targets_path}: targets of {tuple(contents['targets'].shape)}")
+    print(f"wrote {targets_path}: targets of {tuple(contents['targets'].shape)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from conftest import DATA, DISTILL, EVALUATE, EXPERTS, ROOT, TEACHER, refuses
 from conftest import run_stage as stage
 from PIL import Image
@@ -318,6 +319,58 @@ def test_own_teacher(run_dir, tmp_path):
         torch.save(wrong, own)
         refused("train_teacher", tmp_path / "2", options, "own.pt")
     assert not list((tmp_path / "2").glob("*.pt"))
+
+
+HUBCONF = """
+import collections
+import torch
+def tiny():
+    body = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    return torch.nn.Sequential(collections.OrderedDict(body=body, fc=torch.nn.Linear(3, 1000)))
+def broken():
+    raise OSError("https://example.org/weights.pth is not to be reached\\nTraceback")
+"""
+
+
+def test_any_encoder(tmp_path, monkeypatch):
+    """--encoder: torch.hub's of a folder, torchvision's with the weights that lie in its cache."""
+    hub, out, cache = tmp_path / "hub", tmp_path / "out", tmp_path / "cache/hub/checkpoints"
+    hub.mkdir()
+    (hub / "hubconf.py").write_text(HUBCONF)
+    run("train_teacher", out, f"--encoder hub:{hub}:tiny")
+    targets, images = read(out / "targets.pt")["targets"], digits().images
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    middle = F.interpolate(images.float() / 255, 256, mode="bilinear", antialias=True)[..., 16:240, 16:240]
+    torch.testing.assert_close(targets, (middle.mean((1, 2, 3)).view(-1, 1) - mean) / std, atol=0.02, rtol=0)
+    assert not (out / "teacher.pt").exists()
+    run("train_experts", out, "--num_experts 1 --epochs 1")  # goes on from there
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    file, option = "squeezenet1_1-b8a52dc0.pth", "torchvision:squeezenet1_1"
+
+    def offline(url, *words, **more):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    refused("train_teacher", tmp_path / "x", f"--encoder {option}", f"models/{file} belongs into {cache}")
+    cache.mkdir(parents=True, exist_ok=True)
+    net = torchvision.models.squeezenet1_1().eval()
+    torch.save(net.state_dict(), cache / file)
+    run("train_teacher", tmp_path / "x", f"--limit 20 --target_dim 8 --encoder {option}")
+    contents = read(tmp_path / "x/targets.pt")
+    assert contents["targets"].shape == (20, 8) and contents["components"].shape == (8, 512)
+    net.classifier[1] = torch.nn.Identity()
+    preprocess = torchvision.models.get_model_weights("squeezenet1_1").DEFAULT.transforms()
+    images = common.load_images("digits", "train", tmp_path, limit=20).images.expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        features = net(preprocess(images)).flatten(1) - contents["mean"]
+    expected = contents["scale"] * features @ contents["components"].T
+    torch.testing.assert_close(contents["targets"], expected, atol=1e-3, rtol=1e-3)
+
+    for option, *words in [("torchvision:nothing", "list_models"), ("timm:resnet50", "hub:DIR:NAME"),
+                           (f"hub:{hub}:broken", "example.org/weights.pth"), (f"hub:{hub}:none", "none")]:
+        refused("train_teacher", tmp_path / "y", f"--encoder {option}", f"--encoder {option}", *words)
+    assert not (tmp_path / "y/targets.pt").exists()
 
 
 # -- distillation --------------------------------------------------------------------------------------------
