@@ -159,8 +159,8 @@ def load_pretrained(name, device):
     """--encoder: a network that was trained elsewhere, as f: images (B, C, H, W) uint8 -> features (B, D).
 
     The last layer of its classifier is taken off, where it has one. torchvision's models bring their own
-    preprocessing; those of torch.hub get the usual one of ImageNet, at 224 px. Raises Problem if network
-    or weights cannot be had.
+    preprocessing; those of torch.hub may have a method preprocess(x), or get the usual one of ImageNet, at
+    224 px. Raises Problem if network or weights cannot be had.
     """
     from torchvision import models
 
@@ -172,6 +172,7 @@ def load_pretrained(name, device):
         if source == "hub":
             kind = "local" if Path(repo).is_dir() else "github"
             net = torch.hub.load(repo, model, source=kind, trust_repo=True, verbose=False)
+            preprocess = getattr(net, "preprocess", preprocess)
         else:
             where = f"choose one of torchvision.models.list_models(), not {rest!r}"
             weights = models.get_model_weights(rest).DEFAULT
