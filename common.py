@@ -636,6 +636,9 @@ def random_colours(x, draw, jitter):
 
 def mse_loss(outputs, targets, reduction="mean"):
     """F.mse_loss, which torch.func cannot differentiate forwards in one of its arguments (--compile)."""
+    if outputs.shape != targets.shape:
+        raise Problem(f"the student's outputs {tuple(outputs.shape)} are not like the targets, "
+                      f"{tuple(targets.shape)}: its forward(x) must return (B, out_dim)")
     squares = (outputs - targets).square()
     return squares.mean() if reduction == "mean" else squares
 
@@ -1036,13 +1039,16 @@ def check_same(path, contents, stage, now, advice="move it away, or choose anoth
             raise Problem(f"{path}: was made with --{name} {then[name]}, now --{name} {now[name]}; {advice}")
 
 
-def is_done(path, stage, now, keys):
-    """Whether path is there, with these keys (see load), made with what now says (see check_same).
+def is_done(path, made_by, keys):
+    """Whether path is there, with these keys (see load); raises Problem if it was made with other options.
 
-    A file that exists is a piece of work done: so a stage that is started again goes on where it stopped.
+    made_by: {stage: what check_same compares}, the file's own stage first. A file that exists is a piece of
+    work done: so a stage that is started again goes on where it stopped.
     """
     if path.exists():
-        check_same(path, load(path, keys, f"{stage}.py", mmap=True), stage, now)
+        contents = load(path, keys, f"{next(iter(made_by))}.py", mmap=True)
+        for stage, now in made_by.items():
+            check_same(path, contents, stage, now)
     return path.exists()
 
 

@@ -376,7 +376,7 @@ def kmeans_indices(features, size, seed):
 
 
 def find_experts(args):
-    """(paths of the experts, objective, out_dim): what they were trained for, which the students take over.
+    """(paths of the experts, their options): objective and out_dim are those of the students, too.
 
     Raises Problem if there are none, or if the options do not go with them.
     """
@@ -402,7 +402,7 @@ def find_experts(args):
                       f"{' or '.join(inits)}")
     if ssl and args.batch_syn < 2:
         raise Problem(f"--batch_syn {args.batch_syn}: {objective} contrasts images; choose 2 or more")
-    return paths[: args.max_experts], objective, out_dim
+    return paths[: args.max_experts], made
 
 
 def load_experts(paths, num_images, num_parameters, made):
@@ -597,9 +597,10 @@ def record(args, log, checkpoint, syn, it, norm, **values):
 
 def main(args):
     common.set_up(args)
-    matching, paths, args.objective, out_dim = args.method == "mkdt" and args.iters > 0, [], "kd", None
+    matching, paths, of_experts = args.method == "mkdt" and args.iters > 0, [], {}
     if matching or args.init == "high_loss" or args.lr_init == "auto":
-        paths, args.objective, out_dim = find_experts(args)
+        paths, of_experts = find_experts(args)
+    args.objective = of_experts.get("objective", "kd")
     data, all_targets, made = common.load_targets(args, args.objective)
     n, channels, px = data.images.shape[:3]
     folder = args.out_dir / "sets"
@@ -609,13 +610,14 @@ def main(args):
     unfinished = folder / f"{args.name}.checkpoint"
     now = {**options, "images_id": made["images_id"], "targets_id": made["targets_id"]}
     log = common.Log(args.out_dir / f"distill_{args.name}.jsonl", args)
-    if common.is_done(path, "distill", now, {"images": 4, "targets": 2, "lr": 0}):
+    made_by = {"distill": now, "train_experts": of_experts}
+    if common.is_done(path, made_by, {"images": 4, "targets": 2, "lr": 0}):
         unfinished.unlink(missing_ok=True)  # of a run that was killed just before its end
         print(f"{path} is there: nothing to do")
         return
 
     def make_net():
-        out = out_dim or all_targets.shape[1]
+        out = of_experts.get("out_dim") or all_targets.shape[1]
         return common.make_student(out, px, channels, args.width, args.depth).to(args.device)
 
     net = make_net()

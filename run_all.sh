@@ -13,7 +13,7 @@
 # Variables, with their defaults:
 #   FRACTION=0.02  SSL=barlow_twins  RECIPE=paper (best: ours)  DISTILL_SEEDS="0"  SEEDS="0 1 2" (of the evaluation)
 #   SETS="none ..."   rows: none, full, subset_INIT, subset_INIT_lr_from_SET, mkdt_INIT, mkdt_INIT_ITERS, best_INIT,
-#                     krr_st_INIT (INIT: random, high_loss, sas); with :krr_st, :simclr or :barlow_twins behind
+#                     krr_st_INIT (INIT: random, high_loss, sas, kmeans); with :krr_st, :simclr or :barlow_twins behind
 #   DOWNSTREAM="..."  data sets of the probe (default: the paper's seven; digits and imagefolder: themselves)
 #   TEACHER EXPERTS DISTILL KRR_ST EVALUATE: further options of a stage; STUDENT: of all but the teacher
 #   IMAGE_SIZE  PROCESSES=1 (by torchrun, one a GPU)  DATA_DIR=data  OUT=runs  PYTHON=python  DRY_RUN=1
@@ -38,7 +38,7 @@ case $DISTILL_SEEDS${SEEDS:-} in *[!0-9\ ]*) refuse "DISTILL_SEEDS and SEEDS: gi
 case ${FRACTION:-1} in *[!0-9.]*) refuse "FRACTION=$FRACTION: give a number, such as 0.02" ;; esac
 case ${PROCESSES:-1} in *[!0-9]* | 0*) refuse "PROCESSES=$PROCESSES: give a whole number from 1" ;; esac
 case ${SSL:-simclr} in simclr | barlow_twins) ;; *) refuse "SSL=$SSL: choose simclr or barlow_twins" ;; esac
-known="^(none|full|(subset|mkdt|best|krr_st)_(random|high_loss|sas)[a-z0-9_]*)(:(kd|krr_st|simclr|barlow_twins|SSL))?$"
+known="^(none|full|(subset|mkdt|best|krr_st)_(random|high_loss|sas|kmeans)[a-z0-9_]*)(:(kd|krr_st|simclr|barlow_twins|SSL))?$"
 for row in ${SETS:-}; do
   [[ $row =~ $known ]] || refuse "SETS: '$row' is unknown"
   [[ $RECIPE-$row != paper-best_* && $RECIPE-$row != best-mkdt_* ]] || refuse "SETS: '$row' is not of RECIPE=$RECIPE"

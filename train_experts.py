@@ -176,13 +176,13 @@ def main(args):
     experts = range(args.first_expert, args.first_expert + args.num_experts)
     paths = {k: args.out_dir / "experts" / f"{k:04d}.pt" for k in experts}
     keys = {"trajectory": 2, "example_loss": 1}
-    missing = [k for k in experts if not common.is_done(paths[k], "train_experts", now, keys)]
+    missing = [k for k in experts if not common.is_done(paths[k], {"train_experts": now}, keys)]
     common.wait_for_all()  # or one would find the first file of another
     if missing:
         log.begin()
 
     for k in missing[common.rank() :: common.world_size()]:
-        if common.is_done(paths[k], "train_experts", now, keys):
+        if common.is_done(paths[k], {"train_experts": now}, keys):
             continue  # by another part of K that overlaps
         net.load_state_dict(make_net(k).state_dict())
         of_gradient = (net, train, images, targets, args, k)

@@ -275,7 +275,7 @@ def make_teacher(data, args, made, log):
     path, checkpoint = args.out_dir / "teacher.pt", args.out_dir / "train_teacher.checkpoint"
     now = {**made["options"]["train_teacher"], "images_id": made["images_id"]}
     del now["target_dim"]  # the teacher is the same
-    there = common.is_done(path, "train_teacher", now, {"encoder": None})
+    there = common.is_done(path, {"train_teacher": now}, {"encoder": None})
     torch.manual_seed(common.seed_of(args.seed, "teacher"))
     encoder = common.ResNet(channels=data.images.shape[1], width=args.width, norm_layer=SyncBatchNorm)
     if there or args.init_from:
@@ -334,7 +334,7 @@ def main(args):
         common.load(args.init_from, {}, "torch.save(encoder.state_dict(), FILE)")
         options["init_from"] = hashlib.sha256(Path(args.init_from).read_bytes()).hexdigest()[:16]
     log = common.Log(args.out_dir / "train_teacher.jsonl", args)
-    if common.is_done(targets_path, "train_teacher", options, {"targets": 2}):
+    if common.is_done(targets_path, {"train_teacher": options}, {"targets": 2}):
         for name in ("train_teacher.checkpoint", "features.tmp"):
             (args.out_dir / name).unlink(missing_ok=True)
         print(f"{targets_path} is there: nothing to do")

@@ -846,6 +846,9 @@ def test_experts_that_do_not_fit(copy):
     del expert["options"]["train_experts"]["lr"]  # a file may say nothing
     torch.save(expert, path)
     run("distill", copy, "--iters 1 --name x")
+    shutil.rmtree(copy / "experts")
+    run("train_experts", copy, "--lr 0.05")
+    refused("distill", copy, "--iters 1 --name x", "sets/x.pt", "now --lr 0.05")
 
 
 def test_sets_that_do_not_fit(copy, capsys):
