@@ -77,7 +77,7 @@ BASE = ("subset_random", "kd")  # the row that others are compared with
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    sets = "rows: NAME or NAME:OBJECTIVE, of OUT/sets, none, full (default: none, all, full)"
+    sets = "rows: NAME, or NAME:OBJECTIVE (kd, krr_st, simclr, barlow_twins) (default: none, all sets, full)"
     parser.add_argument("--sets", nargs="+", help=sets)
     parser.add_argument("--name", default="results", help="of the table and the figure")
     paper = "table1 ... table7: also show the paper's figures, from results/paper.csv"
@@ -88,8 +88,6 @@ def parse_args(argv=None):
     net.add_argument("--width", type=positive, help="channels (default: 128; of a ResNet's first stage 64)")
     net.add_argument("--depth", type=positive, help=common.DEPTH_HELP)
     pre = parser.add_argument_group("pre-training (eq. 9)")
-    objectives = "kd: MSE to the targets; krr_st: that with KRR-ST's recipe; or SSL on the images; a row each"
-    pre.add_argument("--pretrain", nargs="+", choices=OBJECTIVES, default=["kd"], help=objectives)
     pre.add_argument("--epochs", type=positive, default=20, help="over the set")
     steps = "a curve: these numbers of steps instead of --epochs, an encoder each"
     pre.add_argument("--probe_at", type=positive, nargs="+", metavar="STEPS", help=steps)
@@ -116,7 +114,7 @@ def parse_args(argv=None):
     args.downstream = args.downstream or [args.dataset]
     args.fractions = args.fractions or ([0.01, 0.05] if args.protocol == "linear" else [1.0])
     args.probe_at = sorted(args.probe_at or [])
-    for option in ("sets", "pretrain", "downstream", "fractions", "seeds", "probe_at"):  # each once
+    for option in ("sets", "downstream", "fractions", "seeds", "probe_at"):  # each once
         setattr(args, option, list(dict.fromkeys(getattr(args, option) or [])))
     for row in args.sets:
         if not re.fullmatch(rf"\w[\w.+-]*(:({'|'.join(OBJECTIVES)}))?", row):
@@ -321,12 +319,12 @@ def load_downstream(name, args, channels):
     return train, test, common.fingerprint(train.images, train.labels, test.images, test.labels)
 
 
-def find_rows(folder, asked, objectives):
+def find_rows(folder, asked):
     """The table's rows in its order, {(name, objective): names of its sets}.
 
     The sets NAME, NAME_seed1, NAME_seed2 ... are one row; a set asked for by its own seed stands for itself.
     asked: NAME or NAME:OBJECTIVE each (a set of the name need not be there), or nothing for all that are
-    there; objectives: those of rows that name none.
+    there.
     """
     there = sorted(path.stem for path in folder.glob("*.pt"))
     asked = asked or ["none", *(re.sub(r"_seed\d+$", "", name) for name in there), "full"]
@@ -341,8 +339,7 @@ def find_rows(folder, asked, objectives):
         name, _, objective = row.partition(":")
         seeds = r"(_seed\d+)?" if name not in ("none", "full") else ""
         sets = [s for s in there if re.fullmatch(re.escape(name) + seeds, s)] or [name]
-        for o in [objective] if objective else objectives:
-            rows[name, "none" if name == "none" else o] = sets
+        rows[name, "none" if name == "none" else objective or "kd"] = sets
     return rows
 
 
@@ -603,10 +600,10 @@ def main(args):
     data, all_targets, made = common.load_targets(args)
     out_dim, channels = all_targets.shape[1], data.images.shape[1]
     log, results = common.Log(args.out_dir / "evaluate.jsonl", args), args.out_dir / "results.jsonl"
-    of_cell = ("sets", "lr", "pretrain", "downstream", "fractions", "seeds", "paper", "probe_at")
+    of_cell = ("sets", "lr", "downstream", "fractions", "seeds", "paper", "probe_at")
     options = {**common.recipe(args, of_cell), "targets_id": made["targets_id"]}
 
-    rows = find_rows(args.out_dir / "sets", args.sets, args.pretrain)
+    rows = find_rows(args.out_dir / "sets", args.sets)
     sets = {"none": (None, None, None), "full": (data.images, all_targets, args.lr)}
     first = common.rank() == 0  # says what all processes find
     for name in sum(rows.values(), []):

@@ -630,7 +630,8 @@ def test_larger_encoders(copy, options, protocol):
 def test_ssl_on_the_images_of_a_set(copy):
     """All objectives of a set as rows of one table; no pre-training stays one row."""
     before = (copy / "results.jsonl").read_text()
-    run("evaluate", copy, "--sets none subset_random full --pretrain kd simclr barlow_twins")
+    every = [f"{name}:{o}" for name in ("subset_random", "full") for o in ("kd", "simclr", "barlow_twins")]
+    run("evaluate", copy, f"--sets none {' '.join(every)}")
     assert (copy / "results.jsonl").read_text().startswith(before)
     base, full = ([name, f"{name}, pre-trained by SimCLR", f"{name}, pre-trained by Barlow Twins"]
                   for name in ("random subset", "full data"))
