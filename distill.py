@@ -633,10 +633,10 @@ def main(args):
         known = unfinished.exists() and not args.restart  # and restored below
         lr, tried = (0.1, {}) if known else find_rate(args, images, targets, net, data, trajectories)
     syn = SyntheticSet(images, targets, lr, args.log_lr and args.iters > 0)
-    now |= {"experts": len(paths), "start_id": common.fingerprint(indices)}
+    now["experts"] = len(paths)
 
     def checkpoint_of(**parts):
-        checkpoint = common.Checkpoint(unfinished, args, now, log, syn=syn, **parts)
+        checkpoint = common.Checkpoint(unfinished, args, now, log, syn=syn, indices=indices, **parts)
         if tried:
             log.write(rates_tried=tried)
         return checkpoint

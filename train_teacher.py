@@ -276,6 +276,7 @@ def make_teacher(data, args, made, log):
     now = {**made["options"]["train_teacher"], "images_id": made["images_id"]}
     del now["target_dim"]  # the teacher is the same
     there = common.is_done(path, {"train_teacher": now}, {"encoder": None})
+    there = there and not checkpoint.exists()  # which goes last
     torch.manual_seed(common.seed_of(args.seed, "teacher"))
     encoder = common.ResNet(channels=data.images.shape[1], width=args.width, norm_layer=SyncBatchNorm)
     if there or args.init_from:
@@ -288,8 +289,6 @@ def make_teacher(data, args, made, log):
         if common.rank() == 0:
             weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
             common.save(path, {"encoder": weights, **made})
-    if common.rank() == 0:
-        checkpoint.unlink(missing_ok=True)
     return encoder.eval()
 
 
@@ -362,6 +361,7 @@ def main(args):
             log.write(probe_accuracy=accuracy)
             print(f"linear probe of the teacher's features, all labels: {accuracy:.2f} % test accuracy")
         common.save(targets_path, {**contents, **made})
+    (args.out_dir / "train_teacher.checkpoint").unlink(missing_ok=True)
     print(f"wrote {targets_path}: targets of {tuple(contents['targets'].shape)}")
 
 
