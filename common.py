@@ -636,9 +636,10 @@ def random_colours(x, draw, jitter):
 
 def mse_loss(outputs, targets, reduction="mean"):
     """F.mse_loss, which torch.func cannot differentiate forwards in one of its arguments (--compile)."""
-    if outputs.shape != targets.shape:
-        raise Problem(f"the student's outputs {tuple(outputs.shape)} are not like the targets, "
-                      f"{tuple(targets.shape)}: its forward(x) must return (B, out_dim)")
+    if not torch.is_tensor(outputs) or outputs.shape != targets.shape:
+        shape = tuple(outputs.shape) if torch.is_tensor(outputs) else type(outputs).__name__
+        raise Problem(f"the student's outputs are {shape}, the targets {tuple(targets.shape)}: its forward(x)"
+                      " must return (B, out_dim)")
     squares = (outputs - targets).square()
     return squares.mean() if reduction == "mean" else squares
 
@@ -1195,6 +1196,7 @@ def keep_memory():
 def run(main, parse_args):
     """main(parse_args()), for the command line: a Problem ends in one line on stderr and exit status 2."""
     keep_memory()
+    warnings.filterwarnings("ignore", module=r"(PIL|sklearn)\.")  # what is wrong is said in a line
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to stop

@@ -370,9 +370,11 @@ def k_means(features, count, seed):
 def kmeans_indices(features, size, seed):
     """The image nearest to the mean of each of `size` clusters of the features (N, D): (size,)."""
     clusters, distances = k_means(features, size, seed)
+    if len(clusters.unique()) < size:
+        raise Problem(f"--init kmeans: finds {len(clusters.unique())} clusters of targets that differ, not "
+                      f"{size}; choose a smaller --fraction")
     order = torch.from_numpy(np.lexsort((distances, clusters)))  # by cluster, the nearest first
-    first = torch.searchsorted(clusters[order], torch.arange(size))
-    return order[first.clamp(max=len(order) - 1)]  # where features are equal, a cluster may be empty
+    return order[torch.searchsorted(clusters[order], torch.arange(size))]
 
 
 def find_experts(args):
@@ -633,7 +635,7 @@ def main(args):
         known = unfinished.exists() and not args.restart  # and restored below
         lr, tried = (0.1, {}) if known else find_rate(args, images, targets, net, data, trajectories)
     syn = SyntheticSet(images, targets, lr, args.log_lr and args.iters > 0)
-    now["experts"] = len(paths)
+    now |= {"experts": len(paths), "experts_id": common.fingerprint(*(t[-1] for t in trajectories))}
 
     def checkpoint_of(**parts):
         checkpoint = common.Checkpoint(unfinished, args, now, log, syn=syn, indices=indices, **parts)

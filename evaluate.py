@@ -200,6 +200,8 @@ def probe(net, train, test, fractions, args, seed, name):
     net.eval()  # for both splits; the authors take the training features in train mode
     features = common.encode(net.features, train.images[order], train, args.device)
     test_features = common.encode(net.features, test.images, train, args.device)
+    if features.ndim != 2:
+        raise Problem(f"the encoder's features are {tuple(features.shape)}: its features(x) must give (B, F)")
     if not max(features.abs().max(), test_features.abs().max()) < 1e15:
         raise Problem("the encoder's features are not finite, or nearly so: its pre-training diverged")
     labels, test_labels = train.labels[order].to(args.device), test.labels.to(args.device)
@@ -279,7 +281,7 @@ def attempt(function, *arguments, says=True):
     """function(*arguments); None after a Problem, which is said in a line: the rest of the table goes on."""
     try:
         return function(*arguments)
-    except Problem as problem:
+    except (Problem, OSError) as problem:
         if says:
             print("error: " + " ".join(f"{problem}".split()), file=sys.stderr, flush=True)
 
@@ -534,6 +536,10 @@ def save_figure(path, table, rows, downstream, fractions, steps):
     except ImportError:
         print(f"{path} is left out: it needs matplotlib (pip install matplotlib)")
         return
+
+    def plain(text):  # "$" begins a formula
+        return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
     curve, names = steps[0] is not None, short_names(downstream)
     panels = list(itertools.product(downstream, fractions if curve else [None]))
     figure, lines = Figure(figsize=(4 * len(panels) + 3, 4), layout="constrained"), {}
@@ -545,8 +551,8 @@ def save_figure(path, table, rows, downstream, fractions, steps):
                 continue
             stds = [np.sqrt(a.var(1, ddof=1).mean()) if a.shape[1] > 1 else 0 for a in values]
             means = [a.mean() for a in values]
-            lines[row_title(row)] = panel.errorbar(x, means, stds, capsize=3, color=colour)
-        title = names[d].replace("$", r"\$") + (f", {100 * f:g} % labels" if curve else "")
+            lines[plain(row_title(row))] = panel.errorbar(x, means, stds, capsize=3, color=colour)
+        title = plain(names[d]) + (f", {100 * f:g} % labels" if curve else "")
         what = "steps of pre-training" if curve else "labelled images in %"
         panel.set(title=title, xlabel=what, ylabel="accuracy in %", xscale="log")
         panel.set_xticks(x, [f"{tick:g}" if curve else f"{100 * tick:g}" for tick in x])

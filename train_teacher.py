@@ -26,6 +26,7 @@ CIFAR-10 at the paper's setting is 332 x 10^15 operations; digits (run_all.sh) t
 import contextlib
 import hashlib
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -68,11 +69,11 @@ def parse_args(argv=None):
     for name, value in RECIPES[args.ssl].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.encoder:
+    if args.encoder is not None:
         args.epochs = 0
-        if args.encoder.split(":")[0] not in ("torchvision", "hub") or args.init_from:
+        if not re.fullmatch("torchvision:.+|hub:.+:.+", args.encoder) or args.init_from:
             raise Problem(f"--encoder {args.encoder}: give {kinds}, and no --init_from")
-    if args.batch_size % common.world_size():
+    if args.epochs and args.batch_size % common.world_size():
         raise Problem(f"--batch_size {args.batch_size}: choose a multiple of {common.world_size()} processes")
     return args
 
@@ -160,33 +161,46 @@ def load_pretrained(name, device):
 
     The last layer of its classifier is taken off, where it has one. torchvision's models bring their own
     preprocessing; those of torch.hub may have a method preprocess(x), or get the usual one of ImageNet, at
-    224 px. Raises Problem if network or weights cannot be had.
+    224 px. Raises Problem if network or weights cannot be had, or do not take images.
     """
     from torchvision import models
 
     source, _, rest = name.partition(":")
     repo, _, model = rest.rpartition(":")
-    where = f"https://github.com/{repo} can be unpacked into a folder DIR, for hub:DIR:{model}"
+    local = Path(repo).is_dir()
+    url = f"https://github.com/{repo.partition(':')[0]}"
+    advice = f"see {repo}/hubconf.py" if local else f"{url} can be unpacked into a folder, hub:DIR:{model}"
+
+    def refusal(error):
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        return Problem(f"--encoder {name}: does not work ({reason}); {advice}")
+
     try:
         preprocess = models.get_model_weights("resnet18").DEFAULT.transforms()
         if source == "hub":
-            kind = "local" if Path(repo).is_dir() else "github"
+            kind = "local" if local else "github"
             net = torch.hub.load(repo, model, source=kind, trust_repo=True, verbose=False)
             preprocess = getattr(net, "preprocess", preprocess)
         else:
-            where = f"choose one of torchvision.models.list_models(), not {rest!r}"
+            advice = "choose a classifier of torchvision.models.list_models()"
             weights = models.get_model_weights(rest).DEFAULT
-            where = f"{weights.url} belongs into {torch.hub.get_dir()}/checkpoints"
+            advice = f"{weights.url} belongs into {torch.hub.get_dir()}/checkpoints"
             net, preprocess = models.get_model(rest, weights=weights), weights.transforms()
-    except Exception as error:  # whatever the code of a repository raises
-        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-        raise Problem(f"--encoder {name}: cannot be had ({reason}); {where}") from None
-    last = [name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
-            and name.partition(".")[0] in ("fc", "classifier", "head", "heads")]
-    if last:
-        net.set_submodule(last[-1], nn.Identity())
-    net = net.to(device).eval()
-    return lambda x: net(preprocess(x.expand(-1, 3, -1, -1))).flatten(1)  # grey images as red, green and blue
+        last = [name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+                and name.partition(".")[0] in ("fc", "classifier", "head", "heads")]
+        if last:
+            net.set_submodule(last[-1], nn.Identity())
+        net = net.to(device).eval()
+    except (Exception, SystemExit) as error:  # whatever the code of a repository raises
+        raise refusal(error) from None
+
+    def f(x):
+        try:
+            return net(preprocess(x.expand(-1, 3, -1, -1))).flatten(1)  # grey images as red, green and blue
+        except Exception as error:
+            raise refusal(error) from None
+
+    return f
 
 
 def cosine_lr(step, steps, warmup):
@@ -219,6 +233,8 @@ def principal_components(features, dim):
     covariance = sum((x := part.double() - mean).T @ x for part in features.split(10_000)) / len(features)
     variances, vectors = torch.linalg.eigh(covariance)  # in ascending order
     variances, components = variances.flip(0)[:dim], vectors.T.flip(0)[:dim]
+    if not variances.sum() > 0:
+        raise Problem("the representations of all images are the same; choose another teacher")
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
     components = components * largest.sign()  # eigenvectors have no sign of their own
     return mean.float(), components.float(), (len(components) / variances.sum()).sqrt().item()
@@ -295,14 +311,19 @@ def make_teacher(data, args, made, log):
 @contextlib.contextmanager
 def represented(f, images, batch, args):
     """Yields the features f(x) of all images, (N, D') float32, on disk while they are used."""
-    n, progress = len(images), common.Progress("encoded image", len(images))
+    n, width, progress = len(images), 0, common.Progress("encoded image", len(images))
     with common.replacing(args.out_dir / "features") as temporary:
         with open(temporary, "wb") as file:
             for i in range(0, n, batch):
-                part = f(common.fetch(images, slice(i, i + batch), args.device)).float().cpu()
+                x = common.fetch(images, slice(i, i + batch), args.device)
+                part = f(x).float().cpu()
+                width = width or part.shape[1]
+                if part.shape != (len(x), width) or width == 0:
+                    raise Problem(f"--encoder {args.encoder}: gives {tuple(part.shape)} for {len(x)} images, "
+                                  "not (B, D); choose another")
                 file.write(part.numpy().tobytes())
                 progress(min(i + batch, n))
-        yield torch.from_file(str(temporary), size=n * part.shape[1]).view(n, -1)
+        yield torch.from_file(str(temporary), size=n * width).view(n, width)
         temporary.unlink()  # nothing stays
 
 
@@ -334,8 +355,9 @@ def main(args):
         options["init_from"] = hashlib.sha256(Path(args.init_from).read_bytes()).hexdigest()[:16]
     log = common.Log(args.out_dir / "train_teacher.jsonl", args)
     if common.is_done(targets_path, {"train_teacher": options}, {"targets": 2}):
-        for name in ("train_teacher.checkpoint", "features.tmp"):
-            (args.out_dir / name).unlink(missing_ok=True)
+        (args.out_dir / "features.tmp").unlink(missing_ok=True)
+        if not args.encoder and (args.out_dir / "teacher.pt").exists():  # killed just before its end
+            (args.out_dir / "train_teacher.checkpoint").unlink(missing_ok=True)
         print(f"{targets_path} is there: nothing to do")
         return
     data = common.load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
@@ -343,19 +365,19 @@ def main(args):
     if args.epochs and args.batch_size > len(data.images):
         raise Problem(f"--batch_size {args.batch_size}: there are {len(data.images)} images; choose less")
     made = {"options": {"train_teacher": options}, "images_id": common.images_id(data.images)}
-    if args.encoder:
-        f, batch = load_pretrained(args.encoder, args.device), 64
-        log.begin()
-    else:
+    if not args.encoder:
         encoder = make_teacher(data, args, made, log)
         f, batch = lambda x: encoder(common.normalise(x, data)), 500
     if common.rank() > 0:
         return  # what follows is one's work
+    if args.encoder:
+        f, batch = load_pretrained(args.encoder, args.device), 64
+        log.begin()
 
     with torch.no_grad(), represented(f, data.images, batch, args) as features:
         contents = make_targets(features, args.target_dim)
         if test:
-            parts = [f(common.fetch(test.images, slice(i, i + batch), args.device)).cpu()
+            parts = [f(common.fetch(test.images, slice(i, i + batch), args.device)).float().cpu()
                      for i in range(0, len(test.images), batch)]
             some = slice(0, None, math.ceil(len(features) / 50_000))  # more would not fit in memory
             x, y = features[some], data.labels[some]
@@ -363,7 +385,8 @@ def main(args):
             log.write(probe_accuracy=accuracy)
             print(f"linear probe of the teacher's features, {len(x)} labels: {accuracy:.2f} % test accuracy")
         common.save(targets_path, {**contents, **made})
-    (args.out_dir / "train_teacher.checkpoint").unlink(missing_ok=True)
+    if not args.encoder:
+        (args.out_dir / "train_teacher.checkpoint").unlink(missing_ok=True)
     print(f"wrote {targets_path}: targets of {tuple(contents['targets'].shape)}")
 
 

@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import zipfile
 from pathlib import Path
 from unittest.mock import Mock
@@ -241,10 +242,25 @@ def test_the_wrong_checkpoint(name, option, value, copy, run, capsys, unmade):
     assert "going on" not in capsys.readouterr().out and not path.exists()
 
 
-def test_more_experts_are_another_run(copy, run, unmade):
+def test_other_experts_are_another_run(copy, run, unmade):
     argv, path, _ = unmade("sets/mkdt_random.checkpoint", killed=True)
     (copy / "experts/0003.pt").write_bytes((copy / "experts/0000.pt").read_bytes())
     refuses(lambda: run("distill", argv, copy), path, "experts 3", "experts 4")
+    (copy / "experts/0003.pt").replace(copy / "experts/0000.pt")
+    (copy / "experts/0001.pt").replace(copy / "experts/0002.pt")
+    shutil.copy(copy / "experts/0002.pt", copy / "experts/0001.pt")
+    refuses(lambda: run("distill", argv, copy), path, "other experts than those there now")
+
+
+def test_a_teacher_under_way_stays_beside_another(copy, run, unmade):
+    """Nor do targets of one's own cost it its checkpoint."""
+    argv, path, _ = unmade("train_teacher.checkpoint", killed=True)
+    (copy / "hubconf.py").write_text("import torch\ndef f(): return torch.nn.AdaptiveAvgPool2d(1)\n")
+    run("train_teacher", [*argv, "--encoder", f"hub:{copy}:f"], copy)
+    assert path.exists()
+    torch.save({"targets": torch.randn(150, 3)}, copy / "targets.pt")
+    run("train_teacher", argv, copy)
+    assert path.exists()
 
 
 # ---- Disks, rights, a second run ---------------------------------------------------------------------------

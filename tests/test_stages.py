@@ -329,6 +329,17 @@ def tiny():
     return torch.nn.Sequential(collections.OrderedDict(body=body, fc=torch.nn.Linear(3, 1000)))
 def broken():
     raise OSError("https://example.org/weights.pth is not to be reached\\nTraceback")
+class Wrong(torch.nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+    def forward(self, x):
+        return self.f(x)
+def twice(): return Wrong(lambda x: torch.zeros(2 * len(x), 3))
+def constant(): return Wrong(lambda x: torch.ones(len(x), 3, dtype=torch.float64))
+def a_dict(): return Wrong(lambda x: {"out": x})
+def no_module(): return 3
+def leaves(): raise SystemExit(3)
 """
 
 
@@ -351,7 +362,8 @@ def test_any_encoder(tmp_path, monkeypatch):
     def offline(url, *words, **more):
         raise OSError("no network")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    for name in ("download_url_to_file", "urlopen"):
+        monkeypatch.setattr(torch.hub, name, offline)
     refused("train_teacher", tmp_path / "x", f"--encoder {option}", f"models/{file} belongs into {cache}")
     cache.mkdir(parents=True, exist_ok=True)
     net = torchvision.models.squeezenet1_1().eval()
@@ -368,8 +380,12 @@ def test_any_encoder(tmp_path, monkeypatch):
     torch.testing.assert_close(contents["targets"], expected, atol=1e-3, rtol=1e-3)
 
     for option, *words in [("torchvision:nothing", "list_models"), ("timm:resnet50", "hub:DIR:NAME"),
-                           (f"hub:{hub}:broken", "example.org/weights.pth"), (f"hub:{hub}:none", "none")]:
+                           (f"hub:{hub}:broken", "example.org/weights.pth"), (f"hub:{hub}:none", "none"),
+                           (f"hub:{hub}:twice", "(128, 3) for 64 images"), (f"hub:{hub}:a_dict", "dict"),
+                           (f"hub:{hub}:no_module", "int"), (f"hub:{hub}:leaves", "SystemExit"), ("hub:x",),
+                           ("hub:no/where:x", "https://github.com/no/where", "hub:DIR:x")]:
         refused("train_teacher", tmp_path / "y", f"--encoder {option}", f"--encoder {option}", *words)
+    refused("train_teacher", tmp_path / "y", f"--encoder hub:{hub}:constant --target_dim 2", "are the same")
     assert not (tmp_path / "y/targets.pt").exists()
 
 
@@ -503,6 +519,7 @@ CHANGES = {  # of the README's ViT and of the paper's student
     "dropout": lambda net: net.body.append(nn.Dropout(0.3)),
     "batch_norm": lambda net: setattr(net.body, "1", nn.BatchNorm2d(8)),
     "frozen": lambda net: net.head.bias.requires_grad_(False),
+    "narrow": lambda net: setattr(net, "head", nn.Linear(net.head.in_features, 1)),
 }
 
 
@@ -541,7 +558,8 @@ def test_a_student_of_ones_own(fork, kind):
     assert {"no pre-training", "fork"} <= set(rows(folder / "results.md"))
 
 
-@pytest.mark.parametrize("kind, words", [("batch_norm", "GroupNorm"), ("frozen", "head.bias is frozen")])
+@pytest.mark.parametrize("kind, words", [("batch_norm", "GroupNorm"), ("frozen", "head.bias is frozen"),
+                                         ("narrow", "must return (B, out_dim)")])
 def test_students_that_no_trajectory_holds(fork, kind, words):
     folder = fork(kind)
     refused("train_experts", folder, "", words)
