@@ -48,6 +48,7 @@ ROWS = {  # names of the table's rows, in its order; other sets follow under the
     "subset_kmeans": "k-means subset",
     "krr_st_random": "KRR-ST",
     "subset_random_lr_from_mkdt_random": "random subset, lr of MKDT (random init)",
+    "subset_random_auto": "random subset, lr by --lr_init auto",
     "subset_high_loss_lr_from_mkdt_high_loss": "high-loss subset, lr of MKDT",
     "subset_random_lr_from_best_random": "random subset, lr of our recipe (random init)",
     "subset_high_loss_lr_from_best_high_loss": "high-loss subset, lr of our recipe (high-loss init)",

@@ -12,8 +12,9 @@
 #
 # Variables, with their defaults:
 #   FRACTION=0.02  SSL=barlow_twins  RECIPE=paper (best: ours)  DISTILL_SEEDS="0"  SEEDS="0 1 2" (of the evaluation)
-#   SETS="none ..."   rows: none, full, subset_INIT, subset_INIT_lr_from_SET, mkdt_INIT, mkdt_INIT_ITERS, best_INIT,
-#                     krr_st_INIT (INIT: random, high_loss, sas, kmeans); with :krr_st, :simclr or :barlow_twins behind
+#   SETS="none ..."   rows: none, full, subset_INIT, subset_INIT_auto, subset_INIT_lr_from_SET, mkdt_INIT,
+#                     mkdt_INIT_ITERS, best_INIT, krr_st_INIT (INIT: random, high_loss, sas, kmeans); with :krr_st,
+#                     :simclr or :barlow_twins behind
 #   DOWNSTREAM="..."  data sets of the probe (default: the paper's seven; digits and imagefolder: themselves)
 #   TEACHER EXPERTS DISTILL KRR_ST EVALUATE: further options of a stage; STUDENT: of all but the teacher
 #   IMAGE_SIZE  PROCESSES=1 (by torchrun, one a GPU)  DATA_DIR=data  OUT=runs  PYTHON=python  DRY_RUN=1
@@ -65,7 +66,7 @@ case $table in
   appendix_b) protocols="finetune_krr_st finetune finetune_slow"
     rows="none subset_random subset_random:SSL krr_st_random krr_st_random:krr_st mkdt_high_loss" ;;
 esac
-[ "$RECIPE" = paper ] || rows=${rows//mkdt_/best_}
+[ "$RECIPE" = paper ] || rows=${rows//mkdt_/best_}" subset_random_auto"
 
 # ---- a preset: the scripts' defaults are the paper's for 2 % of CIFAR-10; of repeated options the last one counts ----
 options() {
@@ -90,6 +91,7 @@ options() {
       experts="--epochs 6" distil="--max_start_epoch 5" rates="--lr_img 1e4" ;; esac ;;
   esac
   if [ "$RECIPE" = best ]; then # ours: see results/README.md
+    distil="--iters 400 --syn_steps 20 --batch_syn 128 $distil"
     rates="--inner_momentum 0.9 --log_lr --lr_init auto --lr_lr 0.05 --lr_img 1e4 --clip_grad 0.003 --decay 0.1"
   fi
   if [ -n "$rehearse" ]; then
@@ -154,12 +156,13 @@ teach() { # targets.pt in $out, of the teacher in $base, or of another --encoder
 
 make_set() { # $1: its row, $2: its seed
   local row=$1 name=$1 seed=$((10#$2)) init words
-  init=${row#*_} init=${init#st_} init=${init%%_lr_from*} init=${init%_[0-9]*}
+  init=${row#*_} init=${init#st_} init=${init%%_lr_from*} init=${init%_auto} init=${init%_[0-9]*}
   [ "$row" != subset_high_loss ] || seed=0 # that depends on none
   [ $seed = 0 ] || name+=_seed$seed
   case $row in
     none | full) return ;;
     *_lr_from_*) words="$distil ${DISTILL:-} --iters 0 --lr_from ${name#*_lr_from_}" ;;
+    subset_*_auto) words="$distil $rates ${DISTILL:-} --iters 0 --lr_init auto" ;;
     subset_*) words="$distil ${DISTILL:-} --iters 0" ;;
     krr_st_*) words="--method krr_st $krr_st ${KRR_ST:-}" ;;
     *_[0-9]*) words="$distil $rates ${DISTILL:-} --iters ${row##*_} ${rehearse:+--iters 3}" ;;
