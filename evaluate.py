@@ -97,6 +97,8 @@ def parse_args(argv=None):
     pre.add_argument("--lr", type=number, default=0.1, help="for full data; a set brings its own, alpha_syn")
     pre.add_argument("--momentum", type=number, default=0.9, help="of SGD")
     pre.add_argument("--weight_decay", type=number, default=1e-4, help="of SGD")
+    mirror = "show each image mirrored in half of the steps (the paper: no), unless it would be another thing"
+    pre.add_argument("--mirror", action="store_true", help=mirror)
     pre.add_argument("--ssl_lr", type=number, default=1e-3, help="of Adam, for SSL (appendix A.2)")
     probe = parser.add_argument_group("linear probe (eq. 3), or full fine-tuning (appendix B)")
     protocols = "finetune: as MKDT's authors; _slow: with a tenth of the lr for the body; _krr_st: as KRR-ST"
@@ -174,7 +176,10 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, steps=None, 
     for step in range(done, steps):
         batch = next(batches)
         x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
-        draws = common.generator(args.device, seed, "pretrain", "views", step) if ssl else None
+        draws = common.generator(args.device, seed, "pretrain", "views", step)
+        if args.mirror and data.flip and not ssl:
+            half = torch.rand(len(x), 1, 1, 1, generator=draws, device=x.device) < 0.5
+            x = torch.where(half, x.flip(3), x)
         common.seed_dropout(args.device, seed, "pretrain", "dropout", step)
         loss = common.student_loss(loss_name, f, x, z, data, draws)
         optimizer.zero_grad()
@@ -576,6 +581,8 @@ def caption(args, downstream, paper):
         "Differences to the random subset: paired by seed, ± standard error.",
         "Rows that name no other way are pre-trained by MSE to the set's targets (KD).",
     ]
+    if args.mirror:
+        texts.append("Images are mirrored at random in pre-training.")
     if args.precision != "fp32":
         texts.append(f"Precision: {args.precision}.")
     if args.paper:

@@ -91,7 +91,7 @@ options() {
       experts="--epochs 6" distil="--max_start_epoch 5" rates="--lr_img 1e4" ;; esac ;;
   esac
   if [ "$RECIPE" = best ]; then # ours: see results/README.md
-    distil="--iters 400 --syn_steps 20 --batch_syn 128 $distil"
+    distil="--iters 400 --syn_steps 20 --batch_syn 128 $distil" evaluate+=" --mirror"
     rates="--inner_momentum 0.9 --log_lr --lr_init auto --lr_lr 0.05 --lr_img 1e4 --clip_grad 0.003 --decay 0.1"
   fi
   if [ -n "$rehearse" ]; then

@@ -169,7 +169,7 @@ def test_our_recipe():
     learnt = [d for d in calls["distill"] if d.iters]
     found = {(d.inner_momentum, d.log_lr, d.lr_init, d.lr_lr, d.lr_img, d.clip_grad, d.decay) for d in learnt}
     assert found == {(0.9, True, "auto", 0.05, 1e4, 0.003, 0.1)} and len(learnt) == 2
-    assert {(d.iters, d.syn_steps, d.batch_syn) for d in learnt} == {(400, 20, 128)}
+    assert {(d.iters, d.syn_steps, d.batch_syn) for d in learnt} == {(400, 20, 128)} and evaluate.mirror
     control = next(d for d in calls["distill"] if d.name == "subset_random_auto")
     assert (control.iters, control.init, control.lr_init) == (0, "random", "auto")
     assert control.inner_momentum == 0.9

@@ -659,6 +659,24 @@ def test_ssl_on_the_images_of_a_set(copy):
     refused("evaluate", copy, "--sets subset_random:gan", "--sets", "subset_random:gan", "simclr")
 
 
+@pytest.mark.parametrize("flip", [True, False])
+def test_mirrored_images(flip):
+    """--mirror shows each image both ways, at random; not where a mirrored one is another thing (digits)."""
+    args, data = evaluate.parse_args([*DATA, "--mirror", "--epochs", "40"]), digits()._replace(flip=flip)
+    seen, images = [], torch.randn(2, 1, 8, 8)
+
+    class Spy(nn.Linear):
+        def forward(self, x):
+            seen.extend((i, torch.equal(y, images[i]), torch.equal(y, images[i].flip(2)))
+                        for y in x for i in (0, 1) if torch.equal(y.sort()[0], images[i].sort()[0]))
+            return super().forward(x.flatten(1))
+
+    evaluate.pretrain(Spy(64, D), "kd", images, torch.zeros(2, D), data, 0.1, args, 0)
+    for i in (0, 1):
+        ways = [(plain, mirrored) for j, plain, mirrored in seen if j == i]
+        assert len(ways) == 40 and set(ways) == ({(True, False), (False, True)} if flip else {(True, False)})
+
+
 @pytest.mark.parametrize("objective", ["kd", "krr_st", "simclr", "barlow_twins"])
 def test_pretraining_lowers_its_loss(objective):
     args = evaluate.parse_args([*DATA, "--width", "8", "--epochs", "30", "--krr_st_epochs", "30"])
