@@ -1135,7 +1135,8 @@ class Checkpoint:
             state = {k: p if torch.is_tensor(p) else p.state_dict() for k, p in self.parts.items()}
             leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(state) if torch.is_tensor(leaf)]
             if not all(leaf.isfinite().all() for leaf in leaves):
-                raise Problem(f"the run diverged at step {step}: choose a smaller --lr; {self.kept()}")
+                raise Problem(f"diverged at step {step}: choose a smaller --lr, or --lr_init for a set; "
+                              f"{self.kept()}")
             log_size = self.log.path.stat().st_size if self.log else 0
             save(self.path, {**state, "step": step, "log_size": log_size, "options": {"now": self.now}})
             self.saved = time.monotonic()

@@ -60,8 +60,8 @@ def parse_args(argv=None):
     syn.add_argument("--init", choices=INITS, help="start of D_syn (default: high_loss, krr_st random)")
     syn.add_argument("--num_latent_classes", type=positive, help="SAS: of k-means (default: the data set's)")
     syn.add_argument("--iters", type=natural, help="S (default: 5000, krr_st 160000); 0: the plain subset")
-    auto = "start of alpha_syn, lr of a plain subset; auto: that of the least matching loss of the start"
-    syn.add_argument("--lr_init", type=rate, default=0.1, help=auto)
+    start = "start of alpha_syn, lr of a plain subset; auto: sought, by the matching loss of fresh students"
+    syn.add_argument("--lr_init", type=rate, default=0.1, help=start)
     syn.add_argument("--lr_from", metavar="NAME", help="take it from OUT/sets/NAME.pt instead")
     learn = parser.add_argument_group("learning")
     lrs = "of the pixels (default: 1e3; 5 %%: 1e4; tiny: 1e5; krr_st, with the targets: 1e-4, tiny: 1e-5)"
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     match.add_argument("--syn_steps", type=positive, default=40, help="N, steps on D_syn (tinyimagenet: 10)")
     match.add_argument("--expert_epochs", type=positive, default=2, help="M, epochs of the expert to match")
     match.add_argument("--max_start_epoch", type=positive, default=2, help="T+ > t (5 %% of cifar: 5)")
-    match.add_argument("--max_experts", type=positive, help="match the first so many alone (default: all)")
+    match.add_argument("--max_experts", type=positive, help="use the first so many only (default: all)")
     match.add_argument("--batch_syn", type=positive, default=256, help="synthetic images a step")
     match.add_argument("--inner_momentum", type=number, default=0.0, help="of the N steps (the paper: none)")
     krr = parser.add_argument_group("KRR-ST (Lee et al., ICLR 2024)")
@@ -97,9 +97,14 @@ def parse_args(argv=None):
     for name, value in RECIPES[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not args.iters and args.lr_init != "auto":  # a plain subset does not depend on how it would be learnt
-        for action in (*learn._group_actions, *match._group_actions, *krr._group_actions):
-            setattr(args, action.dest, action.default)
+    auto = args.lr_init == "auto"
+    if auto and (args.lr_from or (args.method == "krr_st" and args.iters)):
+        raise Problem("--lr_init auto: not with --lr_from or --method krr_st; leave one of them out")
+    if not args.iters:  # a plain subset does not depend on how it would be learnt
+        for group in (learn, krr) if auto else (learn, krr, match):
+            for action in group._group_actions:
+                setattr(args, action.dest, action.default)
+        args.inner_momentum = 0.9 if auto else 0.0  # as pre-training has
     if not args.name:
         args.name = f"{args.method if args.iters else 'subset'}_{args.init}"
         args.name += f"_lr_from_{args.lr_from}" if args.lr_from else ""
@@ -254,13 +259,13 @@ def draw(args, size, trajectories, *key, max_start=None):
     return start, goal, list(itertools.islice(batches, args.syn_steps)), {"expert": k, "start_epoch": t}
 
 
-def find_rate(args, images, targets, net, data, trajectories):
+def find_rate(args, images, targets, net, data, trajectories, functions=None):
     """--lr_init auto: (the rate at which the set, as it starts, matches the experts best, {rate: loss}).
 
     The inner loop runs forward alone, from the fresh weights of four experts, as pre-training does, at rates
     a factor of 2 apart, from 0.1 as far down and up as the least mean matching loss asks.
     """
-    functions, tried = compiled_functions(args, net, data), {}
+    tried = {}
 
     def mean_loss(rate):
         losses = []
@@ -480,10 +485,11 @@ class SyntheticSet(nn.Module):
 # ---- The two methods ---------------------------------------------------------------------------------------
 
 
-def distil_mkdt(args, syn, net, data, trajectories, checkpoint_of, log):
+def distil_mkdt(args, syn, net, data, trajectories, functions, checkpoint_of, log):
     """Trajectory matching (eq. 4 and 8): --iters steps of SGD on the set syn, in place.
 
-    net: a student, for its shape; trajectories: load_experts'; checkpoint_of(optimizer=...): the Checkpoint.
+    net: a student, for its shape; trajectories: load_experts'; functions: compiled_functions';
+    checkpoint_of(optimizer=...): the Checkpoint.
     """
     groups = [{"params": [syn.images], "lr": args.lr_img}, {"params": [syn.rate], "lr": args.lr_lr},
               {"params": [syn.targets], "lr": args.lr_targets}]
@@ -491,7 +497,7 @@ def distil_mkdt(args, syn, net, data, trajectories, checkpoint_of, log):
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, args.decay, args.iters)
     checkpoint = checkpoint_of(optimizer=optimizer, schedule=schedule)
     progress = common.Progress(f"{args.name}: iteration", args.iters, checkpoint.step)
-    functions, recent = compiled_functions(args, net, data), []
+    recent = []
 
     for it in range(checkpoint.step, args.iters):
         key = (it, common.rank())  # each process matches an expert of its own
@@ -631,9 +637,11 @@ def main(args):
     indices = start_indices(args, data, all_targets, example_losses)
     images = common.normalise(data.images[indices], data).to(args.device)
     targets, lr, tried = all_targets[indices].to(args.device), args.lr_init, {}
+    functions = compiled_functions(args, net, data)
     if lr == "auto":
-        known = unfinished.exists() and not args.restart  # and restored below
-        lr, tried = (0.1, {}) if known else find_rate(args, images, targets, net, data, trajectories)
+        lr = 0.1  # if there is a checkpoint, which has the rate
+        if args.restart or not unfinished.exists():
+            lr, tried = find_rate(args, images, targets, net, data, trajectories, functions)
     syn = SyntheticSet(images, targets, lr, args.log_lr and args.iters > 0)
     now |= {"experts": len(paths), "experts_id": common.fingerprint(*(t[-1] for t in trajectories))}
 
@@ -644,11 +652,11 @@ def main(args):
         return checkpoint
 
     if matching:
-        distil_mkdt(args, syn, net, data, trajectories, checkpoint_of, log)
+        distil_mkdt(args, syn, net, data, trajectories, functions, checkpoint_of, log)
     elif args.iters:
         distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log)
     else:
-        checkpoint_of()
+        checkpoint_of()  # begins the log
     if common.rank() == 0:
         save_picture(path.with_suffix(".png"), syn.start, syn.images.detach(), data)
         images, targets, lr = syn.images.detach().cpu(), syn.targets.detach().cpu(), syn.lr().item()

@@ -97,7 +97,7 @@ def parse_args(argv=None):
     pre.add_argument("--lr", type=number, default=0.1, help="for full data; a set brings its own, alpha_syn")
     pre.add_argument("--momentum", type=number, default=0.9, help="of SGD")
     pre.add_argument("--weight_decay", type=number, default=1e-4, help="of SGD")
-    mirror = "show each image mirrored in half of the steps (the paper: no), unless it would be another thing"
+    mirror = "show each image mirrored in half of the steps (the paper: no); digits never"
     pre.add_argument("--mirror", action="store_true", help=mirror)
     pre.add_argument("--ssl_lr", type=number, default=1e-3, help="of Adam, for SSL (appendix A.2)")
     probe = parser.add_argument_group("linear probe (eq. 3), or full fine-tuning (appendix B)")
@@ -177,7 +177,7 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, steps=None, 
         batch = next(batches)
         x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
         draws = common.generator(args.device, seed, "pretrain", "views", step)
-        if args.mirror and data.flip and not ssl:
+        if args.mirror and not ssl:
             half = torch.rand(len(x), 1, 1, 1, generator=draws, device=x.device) < 0.5
             x = torch.where(half, x.flip(3), x)
         common.seed_dropout(args.device, seed, "pretrain", "dropout", step)
@@ -283,13 +283,13 @@ def finetune(net, train, test, fractions, args, seed, name):
 CELL = ("set", "set_id", "pretrain", "seed", "steps", "downstream", "data_id", "fraction")
 
 
-def attempt(function, *arguments, says=True):
+def attempt(function, *arguments, what="", says=True):
     """function(*arguments); None after a Problem, which is said in a line: the rest of the table goes on."""
     try:
         return function(*arguments)
     except (Problem, OSError) as problem:
         if says:
-            print("error: " + " ".join(f"{problem}".split()), file=sys.stderr, flush=True)
+            print("error: " + " ".join(f"{what}{problem}".split()), file=sys.stderr, flush=True)
 
 
 def load_set(path, data, out_dim, made):
@@ -400,14 +400,15 @@ def make_pretrained(args, cell, the_set, data, out_dim, options):
 
 def measure(args, cells, sets, downstream, data, out_dim, options):
     """Pre-trains the encoder of these cells, and yields (cell, accuracy, or None where it failed)."""
-    the_set, seed, net = sets[cells[0]["set"]], cells[0]["seed"], None
+    name, seed, net = cells[0]["set"], cells[0]["seed"], None
+    the_set, what = sets[name], f"{name}, seed {seed}: "
     if the_set and any(downstream[cell["downstream"]] for cell in cells):
-        net = attempt(make_pretrained, args, cells[0], the_set, data, out_dim, options)
+        net = attempt(make_pretrained, args, cells[0], the_set, data, out_dim, options, what=what)
     judge, found = probe if args.protocol == "linear" else finetune, {}
     for d in dict.fromkeys(cell["downstream"] for cell in cells):
         fractions = [cell["fraction"] for cell in cells if cell["downstream"] == d]
         if net and downstream[d]:
-            found[d] = attempt(judge, net, *downstream[d][:2], fractions, args, seed, d)
+            found[d] = attempt(judge, net, *downstream[d][:2], fractions, args, seed, d, what=what)
     for cell in cells:
         accuracies = found.get(cell["downstream"])
         yield cell, accuracies and accuracies[cell["fraction"]]
@@ -569,10 +570,11 @@ def save_figure(path, table, rows, downstream, fractions, steps):
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def caption(args, downstream, paper):
+def caption(args, rows, downstream, paper):
     """What the tables do not say of themselves."""
     judged = "linear probe" if args.protocol == "linear" else f"full fine-tuning ({args.protocol})"
-    long = f"{args.epochs} epochs (as in KRR-ST: {args.krr_st_epochs})"
+    long = f"{args.epochs} epochs"
+    long += f" (as in KRR-ST: {args.krr_st_epochs})" if any(o == "krr_st" for _, o in rows) else ""
     long = "the steps that are said" if args.probe_at else long
     texts = [
         f"Accuracy in % on the {args.split} split, {judged} of {args.arch} encoders pre-trained on "
@@ -600,7 +602,7 @@ def write_tables(args, table, rows, downstream, paper):
     steps, path = args.probe_at or [None], args.out_dir / f"{args.name}.md"
     budgets = list(itertools.product(args.fractions, steps))
     text = make_tables(table, rows, args.downstream, budgets, paper, args.dataset)
-    text += f"\n{caption(args, downstream, paper)}\n"
+    text += f"\n{caption(args, rows, downstream, paper)}\n"
     with common.replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     save_figure(path.with_suffix(".png"), table, rows, args.downstream, args.fractions, steps)
@@ -612,6 +614,7 @@ def main(args):
     as_paper = args.paper and args.protocol == "linear" and (args.arch == "convnet" or args.norm == "batch")
     paper = read_paper(args.paper, args.dataset, args.arch) if as_paper else {}
     data, all_targets, made = common.load_targets(args)
+    args.mirror = args.mirror and data.flip
     out_dim, channels = all_targets.shape[1], data.images.shape[1]
     log, results = common.Log(args.out_dir / "evaluate.jsonl", args), args.out_dir / "results.jsonl"
     of_cell = ("sets", "lr", "downstream", "fractions", "seeds", "paper", "probe_at")

@@ -153,9 +153,8 @@ def main(args):
     common.set_up(args)
     train, targets, made = common.load_targets(args, args.objective)
     n, channels, size = train.images.shape[:3]
-    least = 2 if args.objective in common.SSL else 1  # SSL contrasts images
-    if not least <= args.batch_size <= n:
-        raise Problem(f"--batch_size {args.batch_size}: choose from {least} to {n}, the number of images")
+    if args.objective in common.SSL and not 2 <= args.batch_size <= n:  # which contrasts whole batches
+        raise Problem(f"--batch_size {args.batch_size}: choose from 2 to {n}, the number of images")
     args.depth = args.depth or common.default_depth(size)
     options = common.recipe(args)
     now = {**options, "images_id": made["images_id"], "targets_id": made["targets_id"]}

@@ -66,13 +66,15 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
     parser.add_run_options()
     args = parser.parse_args(argv)
-    for name, value in RECIPES[args.ssl].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     if args.encoder is not None:
+        for action in ssl._group_actions:  # it does not depend on what would be trained
+            setattr(args, action.dest, action.default)
         args.epochs = 0
         if not re.fullmatch("torchvision:.+|hub:.+:.+", args.encoder) or args.init_from:
             raise Problem(f"--encoder {args.encoder}: give {kinds}, and no --init_from")
+    for name, value in RECIPES[args.ssl].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.epochs and args.batch_size % common.world_size():
         raise Problem(f"--batch_size {args.batch_size}: choose a multiple of {common.world_size()} processes")
     return args
@@ -261,8 +263,8 @@ def train(encoder, data, args, now, log, path):
     view["part_of"] = (args.batch_size, first)
     losses = torch.zeros(per_epoch, device=args.device)
     checkpoint = common.Checkpoint(path, args, now, log, net=net, optimizer=optimizer, losses=losses)
-    batch = args.batch_size
-    batches = common.shuffled(n, batch, args.seed, "order", start=checkpoint.step, smallest=batch)
+    size = args.batch_size
+    batches = common.shuffled(n, size, args.seed, "order", start=checkpoint.step, smallest=size)
     progress = common.Progress("teacher: step", steps, checkpoint.step)
 
     for step in range(checkpoint.step, steps):
@@ -292,7 +294,7 @@ def make_teacher(data, args, made, log):
     now = {**made["options"]["train_teacher"], "images_id": made["images_id"]}
     del now["target_dim"]  # the teacher is the same
     there = common.is_done(path, {"train_teacher": now}, {"encoder": None})
-    there = there and not checkpoint.exists()  # which goes last
+    there = there and not checkpoint.exists()  # else the log is cut back to it, too
     torch.manual_seed(common.seed_of(args.seed, "teacher"))
     encoder = common.ResNet(channels=data.images.shape[1], width=args.width, norm_layer=SyncBatchNorm)
     if there or args.init_from:
@@ -361,7 +363,7 @@ def main(args):
         print(f"{targets_path} is there: nothing to do")
         return
     data = common.load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
-    test = load_test(args, data)  # not after hours of training
+    test = load_test(args, data)  # now, so that a fault shows before the training
     if args.epochs and args.batch_size > len(data.images):
         raise Problem(f"--batch_size {args.batch_size}: there are {len(data.images)} images; choose less")
     made = {"options": {"train_teacher": options}, "images_id": common.images_id(data.images)}

@@ -299,7 +299,7 @@ def test_options_that_do_not_go_with_an_objective(copy, tmp_path):
     for options in ("simclr --momentum 0.9", "supervised --out_dim 7", "kd --out_dim 7"):
         objective, option, _ = options.split()
         refused("train_experts", new, f"--objective {options}", option, objective)
-    for options in ("simclr --batch_size 1", "simclr --batch_size 151", "supervised --batch_size 151"):
+    for options in ("simclr --batch_size 1", "simclr --batch_size 151"):
         refused("train_experts", new, f"--objective {options}", options.partition(" ")[2], "150")
     assert not new.exists()
     for init in ("high_loss", "sas"):
