@@ -116,7 +116,7 @@ def parse_args(argv=None):
         raise Problem(f"--dataset {args.dataset} has no labels: name labelled sets by --downstream")
     args.downstream = args.downstream or [args.dataset]
     args.fractions = args.fractions or ([0.01, 0.05] if args.protocol == "linear" else [1.0])
-    args.probe_at = sorted(args.probe_at or [])
+    args.probe_at = sorted(args.probe_at or []) or [None]  # None: by --epochs
     for option in ("sets", "downstream", "fractions", "seeds", "probe_at"):  # each once
         setattr(args, option, list(dict.fromkeys(getattr(args, option) or [])))
     for row in args.sets:
@@ -357,7 +357,7 @@ def list_cells(args, rows, sets, downstream):
            for name, part in sets.items()}
     return [dict(zip(CELL, (name, ids[name], objective, seed, steps, d, part and part[2], f)))
             for (_, objective), members in rows.items() for name in members if name in sets
-            for seed in args.seeds for steps in args.probe_at or [None]
+            for seed in args.seeds for steps in args.probe_at
             for d, part in downstream.items() for f in args.fractions]
 
 
@@ -419,7 +419,7 @@ def make_table(args, rows, sets, cells, accuracies):
     names, table = ("set", "pretrain", "downstream", "fraction", "steps", "seed"), {}
     found = {tuple(cell[name] for name in names): accuracies.get(key(cell), math.nan) for cell in cells}
     for row, members in rows.items():
-        for where in itertools.product(args.downstream, args.fractions, args.probe_at or [None]):
+        for where in itertools.product(args.downstream, args.fractions, args.probe_at):
             values = [found.get((m, row[1], *where, s), math.nan) for m in members for s in args.seeds]
             there = any(m in sets for m in members)
             table[(row, *where)] = np.array(values).reshape(len(members), -1) if there else None
@@ -575,7 +575,7 @@ def caption(args, rows, downstream, paper):
     judged = "linear probe" if args.protocol == "linear" else f"full fine-tuning ({args.protocol})"
     long = f"{args.epochs} epochs"
     long += f" (as in KRR-ST: {args.krr_st_epochs})" if any(o == "krr_st" for _, o in rows) else ""
-    long = "the steps that are said" if args.probe_at else long
+    long = "the steps that are said" if args.probe_at[0] else long
     texts = [
         f"Accuracy in % on the {args.split} split, {judged} of {args.arch} encoders pre-trained on "
         f"{short_names([args.dataset])[args.dataset]} for {long}.",
@@ -599,13 +599,12 @@ def caption(args, rows, downstream, paper):
 
 def write_tables(args, table, rows, downstream, paper):
     """OUT/NAME.md and OUT/NAME.png; prints the tables."""
-    steps, path = args.probe_at or [None], args.out_dir / f"{args.name}.md"
-    budgets = list(itertools.product(args.fractions, steps))
+    path, budgets = args.out_dir / f"{args.name}.md", list(itertools.product(args.fractions, args.probe_at))
     text = make_tables(table, rows, args.downstream, budgets, paper, args.dataset)
     text += f"\n{caption(args, rows, downstream, paper)}\n"
     with common.replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    save_figure(path.with_suffix(".png"), table, rows, args.downstream, args.fractions, steps)
+    save_figure(path.with_suffix(".png"), table, rows, args.downstream, args.fractions, args.probe_at)
     print(f"\n{text}wrote {path} and results.jsonl")
 
 
@@ -617,6 +616,7 @@ def main(args):
     args.mirror = args.mirror and data.flip
     out_dim, channels = all_targets.shape[1], data.images.shape[1]
     log, results = common.Log(args.out_dir / "evaluate.jsonl", args), args.out_dir / "results.jsonl"
+    # What is a record's own, or in the id of its set (lr), is no option of it.
     of_cell = ("sets", "lr", "downstream", "fractions", "seeds", "paper", "probe_at")
     options = {**common.recipe(args, of_cell), "targets_id": made["targets_id"]}
 
