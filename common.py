@@ -481,9 +481,6 @@ def layout(width):
     return torch.channels_last if width >= 8 else torch.contiguous_format
 
 
-# A network as one vector: what trajectories hold, and what distillation differentiates.
-
-
 def flatten(net):
     """All parameters of net as one new vector (P,), in the order of net.parameters().
 
@@ -496,27 +493,6 @@ def flatten(net):
         if not p.requires_grad:
             raise Problem(f"the student's {name} is frozen: set its requires_grad, or leave it out")
     return torch.cat([p.detach().reshape(-1) for p in net.parameters()])  # cat copies; a view would train on
-
-
-def forward_flat(net, theta, x, memory_format=torch.contiguous_format):
-    """net(x) with the parameters theta (P,) in place of net's own; twice differentiable in theta and x.
-
-    memory_format: of x and of the convolutions' weights.
-    """
-    names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()))
-    parts = [part.view(s) for part, s in zip(theta.split([s.numel() for s in shapes]), shapes)]
-    parts = [p.contiguous(memory_format=memory_format) if p.ndim == 4 else p for p in parts]
-    x = x.contiguous(memory_format=memory_format)
-    # The fused kernels of attention have no second derivative.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        return torch.func.functional_call(net, dict(zip(names, parts)), (x,))
-
-
-@torch.no_grad()
-def encode(function, images, data, device):
-    """function(normalised images) over images (N, C, H, W) uint8, in batches; (N, ...) on the device."""
-    parts = [slice(i, i + 500) for i in range(0, len(images), 500)]
-    return torch.cat([function(normalise(fetch(images, part, device), data)) for part in parts])
 
 
 # ---- Self-supervised losses and views ---------------------------------------------------------------------

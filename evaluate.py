@@ -199,13 +199,20 @@ def label_order(n, seed):
     return torch.randperm(n, generator=common.generator("cpu", seed, "labels"))
 
 
+@torch.no_grad()
+def encode(function, images, data, device):
+    """function(normalised images) over images (N, C, H, W) uint8, in batches; (N, ...) on the device."""
+    parts = [slice(i, i + 500) for i in range(0, len(images), 500)]
+    return torch.cat([function(common.normalise(common.fetch(images, part, device), data)) for part in parts])
+
+
 def probe(net, train, test, fractions, args, seed, name):
     """Test accuracy in percent of linear probes on net's features (eq. 3), {labelled fraction: accuracy}."""
     n = len(train.labels)
     order = label_order(n, seed)[: int(max(fractions) * n)]
     net.eval()  # for both splits; the authors take the training features in train mode
-    features = common.encode(net.features, train.images[order], train, args.device)
-    test_features = common.encode(net.features, test.images, train, args.device)
+    features = encode(net.features, train.images[order], train, args.device)
+    test_features = encode(net.features, test.images, train, args.device)
     if features.ndim != 2:
         raise Problem(f"the encoder's features are {tuple(features.shape)}: its features(x) must give (B, F)")
     if not max(features.abs().max(), test_features.abs().max()) < 1e15:
@@ -246,7 +253,7 @@ def finetune(net, train, test, fractions, args, seed, name):
             raise Problem(f"--fractions {fraction:g}: one labelled image cannot tune a {args.arch}")
         body = copy.deepcopy(net).eval()
         torch.manual_seed(common.seed_of(seed, "finetune"))
-        width = common.encode(body.features, train.images[:1], train, args.device).shape[1]
+        width = encode(body.features, train.images[:1], train, args.device).shape[1]
         head, body = nn.Linear(width, num_classes).to(args.device), body.train()
         parts = [{"params": body.parameters(), "lr": recipe["lr"] * recipe["backbone"]}]
         parts += [{"params": head.parameters(), "lr": recipe["lr"]}]
@@ -271,7 +278,7 @@ def finetune(net, train, test, fractions, args, seed, name):
             if step + 1 < steps:
                 progress(step + 1, loss=loss)
         body.eval()
-        scores = head(common.encode(body.features, test.images, train, args.device))
+        scores = head(encode(body.features, test.images, train, args.device))
         if not scores.isfinite().all():
             raise Problem(f"{args.protocol} diverged: its lr is {recipe['lr']:.3g}")
         accuracies[fraction] = 100 * (scores.argmax(1).cpu() == test.labels).float().mean().item()

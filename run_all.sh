@@ -95,7 +95,8 @@ options() {
     rates="--inner_momentum 0.9 --log_lr --lr_init auto --lr_lr 0.05 --lr_img 1e4 --clip_grad 0.003 --decay 0.1"
   fi
   if [ -n "$rehearse" ]; then
-    seeds="0 1" labels="0.1 0.5" student+=" --limit 500 --width 16" experts+=" --num_experts 2 --batch_size 32" rates+=" --iters 3"
+    seeds="0 1" labels="0.1 0.5" student+=" --limit 500 --width 16" rates+=" --iters 3"
+    experts+=" --num_experts 2 --batch_size 32"
     teacher+=" --limit 500 --width 8 --epochs 1 --batch_size 32" distil+=" --syn_steps 3"
     krr_st+=" --iters 3 --pool_steps 9 --batch_real 32" evaluate+=" --epochs 2 --krr_st_epochs 4 --finetune_steps 3"
   fi

@@ -93,7 +93,7 @@ def test_teacher_files(run_dir):
     # The targets are the saved encoder's features of the un-augmented images, in eval mode, in order.
     encoder, train = common.ResNet(channels=1, width=4), digits()
     encoder.load_state_dict(teacher["encoder"])
-    features = common.encode(encoder.eval(), train.images, train, "cpu")
+    features = evaluate.encode(encoder.eval(), train.images, train, "cpu")
     torch.testing.assert_close(features, targets["targets"])
     assert 0 <= log(run_dir / "train_teacher.jsonl")[-1]["probe_accuracy"] <= 100
     assert not (run_dir / "features.npy").exists()
@@ -113,7 +113,8 @@ def test_expert_files(run_dir):
     # example_loss is that of the weights after the first epoch.
     nn.utils.vector_to_parameters(t[1], net.parameters())
     train = digits()
-    squares = (common.encode(net, train.images, train, "cpu") - read(run_dir / "targets.pt")["targets"]) ** 2
+    outputs = evaluate.encode(net, train.images, train, "cpu")
+    squares = (outputs - read(run_dir / "targets.pt")["targets"]) ** 2
     torch.testing.assert_close(expert["example_loss"], squares.mean(1))
 
 
@@ -126,7 +127,7 @@ def test_an_expert_by_hand(copy):
     x, batches = common.normalise(train.images, train), common.shuffled(N, 50, 0, "expert", 1)
     for _ in range(3):
         batch, theta = next(batches), start.requires_grad_()
-        loss = F.mse_loss(common.forward_flat(net, theta, x[batch]), targets[batch])
+        loss = F.mse_loss(distill.forward_flat(net, theta, x[batch]), targets[batch])
         start = (theta - 0.1 * torch.autograd.grad(loss, theta)[0]).detach()
     torch.testing.assert_close(start, end)
 
