@@ -496,6 +496,15 @@ class SyntheticSet(nn.Module):
         return self.rate.exp() if self.log_lr else self.rate
 
 
+def save_set(path, syn, indices, data, made):
+    """OUT/sets/NAME.pt and NAME.png of a SyntheticSet, made of the real images indices (S,)."""
+    save_picture(path.with_suffix(".png"), syn.start, syn.images.detach(), data)
+    images, targets, lr = syn.images.detach().cpu(), syn.targets.detach().cpu(), syn.lr().item()
+    common.save(path, {"images": images, "targets": targets, "lr": lr, "indices": indices,
+                       "mean": data.mean, "std": data.std, **made})
+    print(f"wrote {path} and .png: {len(images)} images, lr {lr:.4f}")
+
+
 # ---- The two methods ---------------------------------------------------------------------------------------
 
 
@@ -620,7 +629,8 @@ def record(args, log, checkpoint, syn, it, norm, **values):
 def main(args):
     common.set_up(args)
     matching, paths, of_experts = args.method == "mkdt" and args.iters > 0, [], {}
-    if matching or args.init == "high_loss" or args.lr_init == "auto":
+    follows = matching or args.lr_init == "auto"  # trajectories
+    if follows or args.init == "high_loss":
         paths, of_experts = find_experts(args)
     args.objective = of_experts.get("objective", "kd")
     data, all_targets, made = common.load_targets(args, args.objective)
@@ -645,13 +655,13 @@ def main(args):
     net = make_net()
     trajectories, example_losses, made["options"] = load_experts(paths, n, common.flatten(net).numel(), made)
     epochs, needed = len(trajectories[0]) - 1 if paths else 0, args.max_start_epoch - 1 + args.expert_epochs
-    if (matching or args.lr_init == "auto") and epochs < needed:
+    if follows and epochs < needed:
         raise Problem(f"--max_start_epoch {args.max_start_epoch}, --expert_epochs {args.expert_epochs}: read "
                       f"the epochs 0 to {needed} of experts, which have {epochs}; train them for {needed}")
     indices = start_indices(args, data, all_targets, example_losses)
     images = common.normalise(data.images[indices], data).to(args.device)
     targets, lr, tried = all_targets[indices].to(args.device), args.lr_init, {}
-    functions = compiled_functions(args, net, data)
+    functions = compiled_functions(args, net, data) if follows else None
     if lr == "auto":
         lr = 0.1  # if there is a checkpoint, which has the rate
         if args.restart or not unfinished.exists():
@@ -672,13 +682,9 @@ def main(args):
     else:
         checkpoint_of()  # begins the log
     if common.rank() == 0:
-        save_picture(path.with_suffix(".png"), syn.start, syn.images.detach(), data)
-        images, targets, lr = syn.images.detach().cpu(), syn.targets.detach().cpu(), syn.lr().item()
         made["options"] = {**made["options"], "distill": options}
-        common.save(path, {"images": images, "targets": targets, "lr": lr, "indices": indices,
-                           "mean": data.mean, "std": data.std, **made})
+        save_set(path, syn, indices, data, made)
         unfinished.unlink(missing_ok=True)
-        print(f"wrote {path} and .png: {len(images)} images, lr {lr:.4f}")
 
 
 if __name__ == "__main__":
