@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import common
 from common import Problem, natural, number, positive
@@ -83,32 +84,31 @@ def parse_args(argv=None):
 # ---- One batch over several processes ----------------------------------------------------------------------
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over the processes; so is its gradient, for every process has a part of the loss's."""
+class _Gather(torch.autograd.Function):
+    """The rows of all processes, x (B / G, ...) each: (B, ...). Its gradient is summed over the processes."""
 
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
-        torch.distributed.all_reduce(x)
-        return x
+        rows = [torch.empty_like(x) for _ in range(common.world_size())]
+        torch.distributed.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, gradient):
-        return _Sum.forward(ctx, gradient)
+        gradient = gradient.contiguous().clone()
+        torch.distributed.all_reduce(gradient)
+        return own_rows(gradient)
 
 
 def gather(x):
-    """The rows of all processes, x (B / G, d) each, in their order: (B, d); differentiable in the own rows.
+    """The rows of all processes, x (B / G, d) each: (B, d). Every process then has the whole batch's loss."""
+    return x if common.world_size() == 1 else _Gather.apply(x)
 
-    Every process then has the loss of the whole batch, and the gradient of its own rows: their sum over the
-    processes is the gradient of the batch.
-    """
-    if common.world_size() == 1:
-        return x
-    rows = [torch.empty_like(x) for _ in range(common.world_size())]
-    torch.distributed.all_gather(rows, x.detach())
-    rows[common.rank()] = x
-    return torch.cat(rows)
+
+def own_rows(x):
+    """This process's part of the rows of all."""
+    share = len(x) // common.world_size()
+    return x.narrow(0, common.rank() * share, share)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -117,17 +117,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     def forward(self, x):
         if x.is_cuda or not self.training or common.world_size() == 1:
             return super().forward(x)  # which in one process is BatchNorm
-        others, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
-        count = common.world_size() * x.numel() / x.shape[1]
-        x = x.float() if x.dtype == torch.bfloat16 else x
-        mean = _Sum.apply(x.sum(others)) / count
-        x = x - mean.view(shape)
-        variance = _Sum.apply(x.square().sum(others)) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        x = x * (variance + self.eps).rsqrt().view(shape)
-        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+        running = (self.running_mean, self.running_var)
+        return own_rows(F.batch_norm(gather(x), *running, self.weight, self.bias, True, self.momentum, self.eps))
 
 
 # ---- Networks, loss, targets -------------------------------------------------------------------------------
@@ -273,7 +264,7 @@ def train(encoder, data, args, now, log, path):
         optimizer.param_groups[0]["lr"] = args.lr * cosine_lr(step, steps, warmup)
         loss = ssl_loss(forward, x, draws, data, view, args)
         optimizer.zero_grad()
-        loss.backward()
+        (loss / common.world_size()).backward()  # for each process has the loss of all
         common.add_up(*(p.grad for p in net.parameters()))
         optimizer.step()
 

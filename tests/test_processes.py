@@ -35,7 +35,7 @@ def teacher_step(ssl):
     view = {"blur": 0.5, "solarize": 0.5, "part_of": (12, first)}
     draws = torch.Generator().manual_seed(1)
     loss = train_teacher.ssl_loss(net, images[first : first + share], draws, data, view, args)
-    loss.backward()
+    (loss / common.world_size()).backward()
     common.add_up(*(p.grad for p in net.parameters()))
     gradients = {name: p.grad for name, p in net.named_parameters()}
     return {"loss": loss.detach(), **gradients, **dict(net.named_buffers())}
