@@ -58,13 +58,6 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
-def seed_dropout(device, *key):
-    """What a student draws by itself, by the global generators, follows from the key alone from here on."""
-    torch.default_generator.manual_seed(seed_of(*key))  # torch.manual_seed seeds all devices, in 0.1 ms
-    if not device.startswith("cpu"):
-        getattr(torch, torch.device(device).type).manual_seed(seed_of(*key))
-
-
 def shuffled(n, batch_size, *key, start=0, smallest=1):
     """Yields index tensors (B,) without end, from batch number `start` on: passes over range(n).
 
@@ -289,17 +282,15 @@ def find_images(folder):
     """
     images, others, hidden = [], [], 0
 
-    def is_new(path):
-        real = os.path.realpath(path) + os.sep
-        above = Path(path).absolute().parents if os.path.islink(path) else ()
-        return not any((os.path.realpath(parent) + os.sep).startswith(real) for parent in above)
+    def leads_back(path):
+        return os.path.realpath(path) in map(os.path.realpath, Path(path).absolute().parents)
 
     def fail(error):
         raise Problem(f"{error.filename}: {error.strerror}; give another folder, or change its permissions")
 
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         hidden += sum(name[0] == "." for name in folders + names)
-        folders[:] = [n for n in sorted(folders) if n[0] != "." and is_new(os.path.join(root, n))]
+        folders[:] = [n for n in sorted(folders) if n[0] != "." and not leads_back(os.path.join(root, n))]
         for path in (os.path.join(root, name) for name in sorted(names) if name[0] != "."):
             (images if path.lower().endswith(ENDINGS) else others).append(path)
     found = " ".join(sorted({os.path.splitext(path)[1] or "none" for path in others})[:9]) or "no files"

@@ -236,7 +236,7 @@ def make_step_loss(args, net, data, *key):
     ssl = args.objective in common.SSL
 
     def step_loss(theta, x, z, n):
-        common.seed_dropout(args.device, args.seed, "dropout", *key, n)
+        torch.manual_seed(common.seed_of(args.seed, "dropout", *key, n))
         draws = common.generator(args.device, args.seed, "views", *key, n) if ssl else None
         f = lambda x: forward_flat(net, theta, x)  # noqa: E731
         return common.student_loss(args.objective, f, x, z, data, draws)
@@ -399,30 +399,21 @@ def kmeans_indices(features, size, seed):
 def find_experts(args):
     """(paths of the experts, their options): objective and out_dim are those of the students, too.
 
-    Raises Problem if there are none, or if the options do not go with them.
+    Raises Problem if there are not enough, or if --init does not go with them.
     """
     folder = args.out_dir / "experts"
     paths = sorted(path for path in folder.glob("*.pt") if re.fullmatch(r"\d{4,}", path.stem))
-    if not paths:
-        raise Problem(f"{folder}: has no experts; make them with train_experts.py")
-    if args.max_experts and args.max_experts > len(paths):
-        raise Problem(f"--max_experts {args.max_experts}: {folder} has {len(paths)}; choose fewer")
+    if len(paths) < (args.max_experts or 1):
+        raise Problem(f"{folder}: has {len(paths)} experts, for --max_experts {args.max_experts or 'all'}; "
+                      "make more with train_experts.py, or choose fewer")
     first = common.load(paths[0], {}, "train_experts.py", mmap=True)
     made = first.get("options", {}).get("train_experts", {})
-    objective, out_dim = made.get("objective", "kd"), made.get("out_dim")
-    plain = out_dim is None or (type(out_dim) is int and 0 < out_dim < 2**31)
-    if objective not in (*common.LOSSES, *common.SSL) or not plain:
-        raise Problem(f"{paths[0]}: has the objective {objective!r} and out_dim {out_dim!r}; make it again")
-    ssl, inits = objective in common.SSL, INITS
-    if ssl or (objective == "supervised" and args.method == "krr_st"):
-        inits = ["random"]  # SSL has no loss of single examples, and KRR-ST wants a teacher's targets
-    elif objective == "supervised":
-        inits = ["high_loss", "random"]  # the others want a teacher's features
-    if args.init not in inits:
-        raise Problem(f"--init {args.init}: the experts in {folder} are {objective}; choose "
-                      f"{' or '.join(inits)}")
-    if ssl and args.batch_syn < 2:
-        raise Problem(f"--batch_syn {args.batch_syn}: {objective} contrasts images; choose 2 or more")
+    objective = made.get("objective", "kd")
+    inits = {"supervised": ["high_loss", "random"]}.get(objective, INITS)  # others want a teacher's features
+    inits = ["random"] if objective in common.SSL else inits  # SSL has no loss of single examples
+    if objective not in (*common.LOSSES, *common.SSL) or args.init not in inits:
+        raise Problem(f"--init {args.init}: the experts in {folder} are {objective!r}; choose "
+                      f"{' or '.join(inits)}, or make experts that are known")
     return paths[: args.max_experts], made
 
 
@@ -456,6 +447,8 @@ def start_indices(args, data, all_targets, example_losses):
     """The real images from which the set starts, (S,) int64."""
     n, least = len(all_targets), 2 if args.objective in common.SSL else 1  # SSL contrasts images
     size = int(args.fraction * n)
+    if args.batch_syn < least:
+        raise Problem(f"--batch_syn {args.batch_syn}: {args.objective} contrasts images; choose 2 or more")
     if not least <= size <= n:
         raise Problem(f"--fraction {args.fraction:g}: makes a set of {size} of {n} images; choose one from "
                       f"{math.ceil(1e4 * least / n) / 1e4:g} to 1")
@@ -583,13 +576,13 @@ def distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log):
     if checkpoint.step == 0:  # each student begins at another point of its training
         for k in range(args.pool_size):
             begin(k)
-            common.seed_dropout(args.device, args.seed, "pool", "dropout", k)
+            torch.manual_seed(common.seed_of(args.seed, "pool", "dropout", k))
             train(k, common.seed_of(args.seed, "pool", k) % args.pool_steps)
     progress = common.Progress(f"{args.name}: iteration", args.iters, checkpoint.step)
 
     for it in range(checkpoint.step, args.iters):
         draws = common.generator("cpu", args.seed, it)
-        common.seed_dropout(args.device, args.seed, "dropout", it)
+        torch.manual_seed(common.seed_of(args.seed, "dropout", it))
         k = torch.randint(len(pool), (), generator=draws).item()
         batch = torch.randperm(len(images), generator=draws)[: args.batch_real]
         x, z = common.fetch(images, batch, args.device), common.fetch(all_targets, batch, args.device)

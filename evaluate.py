@@ -146,6 +146,12 @@ def make_encoder(args, out_dim, image_size, channels):
     return common.ResNet(blocks, out_dim, channels, args.width, lambda w: nn.GroupNorm(w, w), strides)
 
 
+def mirrored(images, generator):
+    """Images (B, C, H, W), half of them mirrored."""
+    half = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
+    return torch.where(half, images.flip(3), images)
+
+
 def pretrain(net, objective, images, targets, data, lr, args, seed, steps=None, checkpoint_of=None):
     """Train net in place on a set: by SGD on the MSE to its targets (objective "kd", eq. 9), or by SSL.
 
@@ -178,9 +184,8 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, steps=None, 
         x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
         draws = common.generator(args.device, seed, "pretrain", "views", step)
         if args.mirror and not ssl:
-            half = torch.rand(len(x), 1, 1, 1, generator=draws, device=x.device) < 0.5
-            x = torch.where(half, x.flip(3), x)
-        common.seed_dropout(args.device, seed, "pretrain", "dropout", step)
+            x = mirrored(x, draws)
+        torch.manual_seed(common.seed_of(seed, "pretrain", "dropout", step))
         loss = common.student_loss(loss_name, f, x, z, data, draws)
         optimizer.zero_grad()
         loss.backward()
@@ -223,19 +228,12 @@ def probe(net, train, test, fractions, args, seed, name):
             for f, m in counts.items()}
 
 
-def padded_crop(images, generator, flip):
-    """Each image (B, C, H, W), padded by an eighth, cut at a random place; half of them mirrored if flip."""
-    b, _, size, _ = images.shape
-    padding = size // 8  # 4 at 32 px
+def padded_crop(images, generator):
+    """Each image (B, C, H, W), padded by an eighth, cut at a random place."""
+    size, padding = images.shape[-1], images.shape[-1] // 8  # 4 at 32 px
     x = F.pad(images, [padding] * 4)
-    top, left = torch.randint(2 * padding + 1, (2, b, 1), generator=generator, device=x.device)
-    at = torch.arange(size, device=x.device)  # (H,)
-    columns = left + at  # (B, W)
-    if flip:
-        mirrored = torch.rand(b, 1, generator=generator, device=x.device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    index = torch.arange(b, device=x.device).view(b, 1, 1)
-    return x[index, :, (top + at)[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    at = torch.randint(2 * padding + 1, (len(x), 2), generator=generator, device=x.device).tolist()
+    return torch.stack([image[:, i : i + size, j : j + size] for image, (i, j) in zip(x, at)])
 
 
 def finetune(net, train, test, fractions, args, seed, name):
@@ -268,7 +266,8 @@ def finetune(net, train, test, fractions, args, seed, name):
         for step, batch in enumerate(itertools.islice(batches, steps)):
             x = common.fetch(train.images, labelled[batch], args.device)
             if recipe["augment"]:
-                x = padded_crop(x, common.generator(args.device, seed, "crop", step), train.flip)
+                draws = common.generator(args.device, seed, "crop", step)
+                x = padded_crop(mirrored(x, draws) if train.flip else x, draws)
             y = common.fetch(train.labels, labelled[batch], args.device)
             loss = F.cross_entropy(head(f(common.normalise(x, train))), y)
             optimizer.zero_grad()

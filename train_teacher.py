@@ -117,8 +117,9 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     def forward(self, x):
         if x.is_cuda or not self.training or common.world_size() == 1:
             return super().forward(x)  # which in one process is BatchNorm
-        running = (self.running_mean, self.running_var)
-        return own_rows(F.batch_norm(gather(x), *running, self.weight, self.bias, True, self.momentum, self.eps))
+        x = F.batch_norm(gather(x), self.running_mean, self.running_var, self.weight, self.bias, True,
+                         self.momentum, self.eps)
+        return own_rows(x)
 
 
 # ---- Networks, loss, targets -------------------------------------------------------------------------------

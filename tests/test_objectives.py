@@ -288,10 +288,9 @@ def test_experts_of_another_objective(copy):
     shutil.copy(copy("simclr") / "experts/0001.pt", folder / "experts/0001.pt")
     refused("distill", folder, "--name x", "0001.pt")
     expert = read(path)
-    for option, value in [("out_dim", -1), ("out_dim", "16"), ("out_dim", 1.5), ("objective", "gan")]:
-        options = {"train_experts": {**expert["options"]["train_experts"], option: value}}
-        torch.save({**expert, "options": options}, path)
-        refused("distill", folder, "--name x", path, option, value)
+    expert["options"]["train_experts"]["objective"] = "gan"
+    torch.save(expert, path)
+    refused("distill", folder, "--name x", folder / "experts", "gan")
     assert [path.name for path in (folder / "sets").glob("*.pt")] == ["mkdt_random.pt"]
 
 
@@ -306,7 +305,6 @@ def test_options_that_do_not_go_with_an_objective(copy, tmp_path):
     for init in ("high_loss", "sas"):
         refused("distill", simclr, f"--init {init}", f"--init {init}", "simclr", "random")
     refused("distill", supervised, "--init sas", "--init sas", "supervised", "high_loss")
-    refused("distill", supervised, "--init high_loss --method krr_st", "--init high_loss", "supervised")
     refused("distill", simclr, "--name x --batch_syn 1", "--batch_syn 1", "simclr")
     refused("distill", simclr, "--name x --fraction 0.007", "--fraction", "1 of 150")
     refused("distill", simclr, "--name x --max_experts 4", "--max_experts 4", "has 3")
