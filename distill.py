@@ -18,7 +18,7 @@ Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,
 
     python distill.py                             # 2 % of CIFAR-10, from the high-loss subset: mkdt_high_loss
     python distill.py --init random --iters 0     # the random subset itself, a baseline: subset_random
-    python distill.py --init random --iters 0 --lr_from mkdt_high_loss    # with the lr that MKDT learnt
+    python distill.py --init random --iters 0 --lr_init auto    # at the lr that suits it: subset_random_auto
     python distill.py --method krr_st             # the baseline KRR-ST: krr_st_random
     python distill.py --seed 1                    # a second set of the method: mkdt_high_loss_seed1
     torchrun --nproc_per_node 4 distill.py        # four experts an iteration, on a GPU each
@@ -52,7 +52,8 @@ def rate(text):
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    parser.add_argument("--name", help="of the set (default: METHOD_INIT, subset_INIT; _seedN if not 0)")
+    name = "of the set (default: METHOD_INIT, subset_INIT, subset_INIT_auto; _seedN if not 0)"
+    parser.add_argument("--name", help=name)
     parser.add_student_options()
     syn = parser.add_argument_group("synthetic set D_syn, Z_syn")
     syn.add_argument("--method", choices=RECIPES, default="mkdt", help="how it is learnt")
@@ -62,7 +63,6 @@ def parse_args(argv=None):
     syn.add_argument("--iters", type=natural, help="S (default: 5000, krr_st 160000); 0: the plain subset")
     start = "start of alpha_syn, lr of a plain subset; auto: sought, by the matching loss of fresh students"
     syn.add_argument("--lr_init", type=rate, default=0.1, help=start)
-    syn.add_argument("--lr_from", metavar="NAME", help="take it from OUT/sets/NAME.pt instead")
     learn = parser.add_argument_group("learning")
     lrs = "of the pixels (default: 1e3; 5 %%: 1e4; tiny: 1e5; krr_st, with the targets: 1e-4, tiny: 1e-5)"
     learn.add_argument("--lr_img", type=number, help=lrs)
@@ -90,16 +90,15 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
     parser.add_run_options(("fp32", "tf32"), compile=True)  # in bf16 the gradient would be 8 % off
     args = parser.parse_args(argv)
-    for option in ("name", "lr_from"):
-        name = getattr(args, option) or "x"
-        if re.fullmatch(r"(none|full)(_seed\d+)?", name) or not re.fullmatch(r"\w[\w.+-]*", name):
-            raise Problem(f"--{option} {name!r}: choose letters, digits, . + - _ within; not none or full")
+    name = args.name or "x"
+    if re.fullmatch(r"(none|full)(_seed\d+)?", name) or not re.fullmatch(r"\w[\w.+-]*", name):
+        raise Problem(f"--name {name!r}: choose letters, digits, . + - _ within; not none or full")
     for name, value in RECIPES[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     auto = args.lr_init == "auto"
-    if auto and (args.lr_from or (args.method == "krr_st" and args.iters)):
-        raise Problem("--lr_init auto: not with --lr_from or --method krr_st; leave one of them out")
+    if auto and args.method == "krr_st" and args.iters:
+        raise Problem("--lr_init auto: not with --method krr_st; leave one of them out")
     if not args.iters:  # a plain subset does not depend on how it would be learnt
         for group in (learn, krr) if auto else (learn, krr, match):
             for action in group._group_actions:
@@ -107,7 +106,7 @@ def parse_args(argv=None):
         args.inner_momentum = 0.9 if auto else 0.0  # as pre-training has
     if not args.name:
         args.name = f"{args.method if args.iters else 'subset'}_{args.init}"
-        args.name += f"_lr_from_{args.lr_from}" if args.lr_from else ""
+        args.name += "_auto" if auto and not args.iters else ""
         seed = f"_seed{args.seed}" if args.seed else ""
         args.name = args.name.removesuffix(seed) + seed
     return args
@@ -629,8 +628,6 @@ def main(args):
     data, all_targets, made = common.load_targets(args, args.objective)
     n, channels, px = data.images.shape[:3]
     folder = args.out_dir / "sets"
-    if args.lr_from:
-        args.lr_init = common.load(folder / f"{args.lr_from}.pt", {"lr": 0}, "distill.py")["lr"]
     options, path = common.recipe(args), folder / f"{args.name}.pt"
     unfinished = folder / f"{args.name}.checkpoint"
     now = {**options, "images_id": made["images_id"], "targets_id": made["targets_id"]}

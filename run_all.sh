@@ -12,7 +12,7 @@
 #
 # Variables, with their defaults:
 #   FRACTION=0.02  SSL=barlow_twins  RECIPE=paper (best: ours)  DISTILL_SEEDS="0"  SEEDS="0 1 2" (of the evaluation)
-#   SETS="none ..."   rows: none, full, subset_INIT, subset_INIT_auto, subset_INIT_lr_from_SET, mkdt_INIT,
+#   SETS="none ..."   rows: none, full, subset_INIT, subset_INIT_auto (at its own lr), mkdt_INIT,
 #                     mkdt_INIT_ITERS, best_INIT, krr_st_INIT (INIT: random, high_loss, sas, kmeans); with :krr_st,
 #                     :simclr or :barlow_twins behind
 #   DOWNSTREAM="..."  data sets of the probe (default: the paper's seven; digits and imagefolder: themselves)
@@ -51,7 +51,7 @@ done
 # ---- a table: its data sets, rows and protocols ----------------------------------------------------------------
 presets=cifar100 default_ssl=barlow_twins default_fraction=0.02 labels="0.01 0.05" protocols=linear
 rows="none subset_random subset_sas subset_high_loss mkdt_random mkdt_high_loss full"
-rows+=" subset_random_lr_from_mkdt_random subset_high_loss_lr_from_mkdt_high_loss"
+rows+=" subset_random_auto subset_high_loss_auto"
 every="$rows krr_st_random subset_random:SSL subset_random:krr_st krr_st_random:krr_st mkdt_random:krr_st"
 three="cifar10 cifar100 tinyimagenet" resnets="resnet10_batch resnet18_batch resnet10_instance resnet18_instance"
 case $table in
@@ -157,12 +157,11 @@ teach() { # targets.pt in $out, of the teacher in $base, or of another --encoder
 
 make_set() { # $1: its row, $2: its seed
   local row=$1 name=$1 seed=$((10#$2)) init words
-  init=${row#*_} init=${init#st_} init=${init%%_lr_from*} init=${init%_auto} init=${init%_[0-9]*}
+  init=${row#*_} init=${init#st_} init=${init%_auto} init=${init%_[0-9]*}
   [ "$row" != subset_high_loss ] || seed=0 # that depends on none
   [ $seed = 0 ] || name+=_seed$seed
   case $row in
     none | full) return ;;
-    *_lr_from_*) words="$distil ${DISTILL:-} --iters 0 --lr_from ${name#*_lr_from_}" ;;
     subset_*_auto) words="$distil $rates ${DISTILL:-} --iters 0 --lr_init auto" ;;
     subset_*) words="$distil ${DISTILL:-} --iters 0" ;;
     krr_st_*) words="--method krr_st $krr_st ${KRR_ST:-}" ;;
@@ -224,14 +223,8 @@ for preset in ${preset:-$presets}; do
   teach || continue
   if [ "$table" = figure1 ]; then figure1; continue; fi
   run train_experts.py "${data[@]}" --out_dir "$out" $student $experts ${EXPERTS:-} || continue
-  made=" "
-  for pass in 1 2; do # a row X_lr_from_Y comes behind Y
-    for row in $sets; do
-      row=${row%%:*}
-      if [[ $made = *" $row "* ]] || [[ $pass = 1 && $row = *_lr_from_* ]]; then continue; fi
-      made+="$row "
-      for seed in $DISTILL_SEEDS; do make_set "$row" "$seed"; done
-    done
+  for row in $(printf '%s\n' $sets | sed 's/:.*//' | awk '!seen[$0]++'); do # each set once
+    for seed in $DISTILL_SEEDS; do make_set "$row" "$seed"; done
   done
   judge
 done

@@ -143,7 +143,7 @@ def test_presets_are_the_paper(preset, fraction):
     expected = (10, 2, 2, 1e5) if tiny else (40, 2, 2, 1e3) if fraction == "0.02" else (40, 2, 5, 1e4)
     assert [d.name for d in calls["distill"]] == [
         "subset_random", "subset_sas", "subset_high_loss", "mkdt_random", "mkdt_high_loss",
-        "subset_random_lr_from_mkdt_random", "subset_high_loss_lr_from_mkdt_high_loss"]
+        "subset_random_auto", "subset_high_loss_auto"]
     for d in calls["distill"]:
         assert d.fraction == float(fraction) and d.iters == (0 if d.name.startswith("subset") else 5000)
         if d.iters:
@@ -163,7 +163,7 @@ def test_our_recipe():
     assert (targets.init_from, targets.target_dim, targets.epochs) == ("runs/cifar10/teacher.pt", 256, 0)
     others = [args for name in STAGES[1:] for args in calls[name]]
     assert {str(args.out_dir) for args in (targets, *others)} == {"runs/cifar10_best"}
-    assert {"best_random", "best_high_loss", "subset_random_lr_from_best_random"} <= set(evaluate.sets)
+    assert {"best_random", "best_high_loss", "subset_random_auto"} <= set(evaluate.sets)
     assert not [name for name in evaluate.sets if "mkdt" in name]
     assert {d.name for d in calls["distill"]} == set(evaluate.sets) - {"none", "full"}
     learnt = [d for d in calls["distill"] if d.iters]
@@ -238,15 +238,14 @@ def test_the_stages_of_a_preset_agree(words):
 
 
 def test_seeds_and_rows():
-    rows = "none subset_high_loss mkdt_random mkdt_sas_70:simclr subset_random_lr_from_mkdt_random "
+    rows = "none subset_high_loss mkdt_random mkdt_sas_70:simclr subset_random_auto "
     rows += "krr_st_random"
     calls = commands("digits", SETS=rows, DISTILL_SEEDS="0 2", SEEDS="5", STUDENT="--width 9")
     assert list(dict.fromkeys((d.name, d.seed) for d in calls["distill"])) == [
         ("subset_high_loss", 0),  # not of the seed
         ("mkdt_random", 0), ("mkdt_random_seed2", 2), ("mkdt_sas_70", 0), ("mkdt_sas_70_seed2", 2),
-        ("krr_st_random", 0), ("krr_st_random_seed2", 2),
-        ("subset_random_lr_from_mkdt_random", 0), ("subset_random_lr_from_mkdt_random_seed2", 2)]
-    assert [d.lr_from for d in calls["distill"][-2:]] == ["mkdt_random", "mkdt_random_seed2"]
+        ("subset_random_auto", 0), ("subset_random_auto_seed2", 2),
+        ("krr_st_random", 0), ("krr_st_random_seed2", 2)]
     assert {(d.init, d.iters) for d in calls["distill"] if "_70" in d.name} == {("sas", 70)}
     assert calls["evaluate"][0].seeds == [5] and calls["evaluate"][0].sets == rows.split()
     assert {a.width for name in STAGES[1:] for a in calls[name]} == {9}

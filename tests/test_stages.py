@@ -413,26 +413,15 @@ def test_the_learnt_alpha(copy):
     assert all(read(copy / f"sets/{name}.pt")["lr"] == rates[name][-1] for name in rates)
 
 
-def test_the_learnt_lr_for_a_subset(copy):
-    options = "--init random --iters 0 --lr_from mkdt_random"
-    run("distill", copy, options)
-    contents, learnt = read(copy / "sets/subset_random_lr_from_mkdt_random.pt"), copy / "sets/mkdt_random.pt"
-    assert contents["lr"] == read(learnt)["lr"]
-    assert torch.equal(contents["images"], read(copy / "sets/subset_random.pt")["images"])
-    torch.save({**read(learnt), "lr": 0.7}, learnt)  # made again
-    refused("distill", copy, options, "lr_from_mkdt_random.pt", "--lr_init")
-    torch.save({**read(learnt), "lr": 0.0}, learnt)
-    refused("distill", copy, f"{options} --name x", "mkdt_random.pt", "'lr'")
-
-
 def test_the_best_rate_of_the_start(copy):
     """--lr_init auto tries rates on the experts; a plain subset keeps the best, MKDT starts from it."""
-    run("distill", copy, "--init random --iters 0 --lr_init auto --name plain")
-    (record,) = [record for record in log(copy / "distill_plain.jsonl") if "rates_tried" in record]
+    run("distill", copy, "--init random --iters 0 --lr_init auto")
+    records = log(copy / "distill_subset_random_auto.jsonl")
+    (record,) = [record for record in records if "rates_tried" in record]
     tried = {float(rate): loss for rate, loss in record["rates_tried"].items()}
     best = min(tried, key=tried.get)
     assert len(tried) >= 3 and {best / 2, best * 2} <= set(tried)  # a least loss, between higher ones
-    assert read(copy / "sets/plain.pt")["lr"] == pytest.approx(best)
+    assert read(copy / "sets/subset_random_auto.pt")["lr"] == pytest.approx(best)
     more = "--inner_momentum 0.9 --log_lr --lr_lr 0"  # momentum as the subset has
     run("distill", copy, f"--init random --iters 1 --lr_init auto {more} --name learnt")
     *_, tries, step = log(copy / "distill_learnt.jsonl")
@@ -914,10 +903,9 @@ def test_sets_that_do_not_fit(copy, capsys):
 
 
 def test_names_of_sets():
-    plain = "--iters 0 --init random --lr_from mkdt_random_seed1"
     for options, name in [("", "mkdt_high_loss"), ("--seed 3", "mkdt_high_loss_seed3"),
                           ("--iters 0", "subset_high_loss"), ("--method krr_st --init sas", "krr_st_sas"),
-                          (f"{plain} --seed 1", "subset_random_lr_from_mkdt_random_seed1")]:
+                          ("--iters 0 --lr_init auto --seed 1", "subset_high_loss_auto_seed1")]:
         assert distill.parse_args(options.split()).name == name
     for name in ("..", "a/b", "none", "full", "-x", "full_seed1"):
         refuses(lambda name=name: distill.parse_args([f"--name={name}"]), "--name", what=name)
