@@ -18,14 +18,14 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import resource
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +213,8 @@ def random_images(n, px):
 
 def scale_load(device, N=20_000, mapped=False):
     """Reading an image folder of N images of 64 px; mapped: when another process has decoded it."""
-    folder = Path(tempfile.mkdtemp())
+    held = tempfile.TemporaryDirectory()
+    folder = Path(held.name)
     for split, count in (("train", N), ("test", 1)):
         (folder / split / "a").mkdir(parents=True)
         for i in range(count):
@@ -228,7 +229,7 @@ def scale_load(device, N=20_000, mapped=False):
             common.load_images(name, "train", folder, 64)
             os._exit(0)
         os.wait()
-    return lambda: common.load_images(name, "train", folder, 64), lambda: shutil.rmtree(folder)
+    return lambda: (common.load_images(name, "train", folder, 64), held)  # which goes with the process
 
 
 def scale_distill(device, S=500, steps=10, px=32, batch=64):
@@ -254,73 +255,15 @@ def scale_distill(device, S=500, steps=10, px=32, batch=64):
 
 SCALES = {  # name -> (function, {quantity: its values})
     "reading": (scale_load, {"N": [10_000, 30_000, 100_000]}),
-    "opening what was decoded": (
-        functools.partial(scale_load, mapped=True),
-        {"N": [10_000, 30_000, 100_000]},
-    ),
-    "distillation": (
-        scale_distill,
-        {
-            "S": [500, 1000, 2000],
-            "steps": [10, 20, 40],
-            "batch": [64, 128, 256],
-            "px": [16, 32, 64],
-        },
-    ),
+    "opening what was decoded": (functools.partial(scale_load, mapped=True),
+                                 {"N": [10_000, 30_000, 100_000]}),
+    "distillation": (scale_distill, {"S": [500, 1000, 2000], "steps": [10, 20, 40], "batch": [64, 128, 256],
+                                     "px": [16, 32, 64]}),
 }
 
-
-def scale_worker(name, quantity, value, device, threads):
-    """Prints the median seconds of three runs, and the peak of memory beyond what was there before."""
-    common.keep_memory()
-    if threads:
-        torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    run = SCALES[name][0](device, **{quantity: value})
-    run, clean = run if isinstance(run, tuple) else (run, lambda: None)
-    before, seconds = memory(device), []
-    try:
-        for _ in range(3):
-            start = time.perf_counter()
-            with contextlib.redirect_stdout(None):
-                kept = run()  # noqa: F841  what is read is held
-            if device.startswith("cuda"):
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
-            if name in ("reading", "opening what was decoded"):
-                break  # a second result beside the first would count twice
-    finally:
-        clean()
-    print(json.dumps({"seconds": statistics.median(seconds), "bytes": memory(device) - before}))
-
-
-def scale(args):
-    """Measures SCALES, each point in a process of its own; prints a table, returns its records."""
-    records = []
-    print("| stage | | values | seconds | MiB beyond the data | grows as: time | memory |")
-    print("|---|---|---|---|---|---|---|")
-    for name in args.scale or SCALES:
-        for quantity, values in SCALES[name][1].items():
-            points = []
-            for value in values:
-                words = ["--device", args.device, "--threads", str(args.threads or 0)]
-                command = [sys.executable, __file__, *words, "--scale_worker", name, quantity, str(value)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                points.append(json.loads(done.stdout.splitlines()[-1]))
-            records.append({"stage": name, "quantity": quantity, "values": values, "points": points})
-            ratio = math.log(values[-1] / values[0])
-            seconds, mib = ([point[key] for point in points] for key in ("seconds", "bytes"))
-            powers = [math.log(max(part[-1], 1e-9) / max(part[0], 1e-9)) / ratio for part in (seconds, mib)]
-            columns = [
-                name, quantity, ", ".join(f"{v:,}" for v in values),
-                ", ".join(f"{s:.3g}" for s in seconds), ", ".join(f"{b / 2**20:.0f}" for b in mib),
-                *(f"{quantity}^{power:.1f}" for power in powers),
-            ]  # fmt: skip
-            print(f"| {' | '.join(columns)} |", flush=True)
-    return records
-
-
 # ------------------------------------------------------------------------------------------------------------
+
+STATE = {}  # of a process: what it runs
 
 
 def memory(device):
@@ -330,74 +273,86 @@ def memory(device):
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def worker(task, side, device, threads, path):
-    """Runs a task once a line on stdin; prints seconds, and at the end the peak of memory beyond the data."""
-    if side == "ours" or task == "teacher":
+def begin(args, keep_memory, function, *words, **sizes):
+    """The start of a process: makes what it will run, and looks at the memory before."""
+    if keep_memory:
         common.keep_memory()
-    if threads:
-        torch.set_num_threads(threads)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    run = TASKS[task][0](side, device)
-
-    before = memory(device)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        with contextlib.redirect_stdout(None):
-            result = run()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
-        if line.strip() == "save":
-            torch.save([part.detach().cpu() for part in result], path)
-        print(json.dumps({"seconds": seconds, "bytes": memory(device) - before}), flush=True)
+    STATE.update(run=function(*words, device=args.device, **sizes), device=args.device)
+    STATE["before"] = memory(args.device)
 
 
-def compare(task, args, folder):
+def once(keep=False):
+    """(seconds, peak of memory beyond what was there at the start, results if they are to be kept)."""
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(None):
+        STATE["result"] = STATE["run"]()
+    if STATE["device"].startswith("cuda"):
+        torch.cuda.synchronize(STATE["device"])
+    seconds, more = time.perf_counter() - start, memory(STATE["device"]) - STATE["before"]
+    return seconds, more, [part.detach().cpu().numpy() for part in STATE["result"]] if keep else None
+
+
+def process(*words, **sizes):
+    """A process of its own, in which begin has run."""
+    first = functools.partial(begin, *words, **sizes)
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), first)
+
+
+def scale(args):
+    """Measures SCALES, each point in a process of its own; prints a table, returns its records."""
+    records = []
+    print("| stage | | values | seconds | MiB beyond the data | grows as: time | memory |")
+    print("|---|---|---|---|---|---|---|")
+    for name, quantity in ((row, q) for row in args.scale or SCALES for q in SCALES[row][1]):
+        function, sizes, points = SCALES[name][0], SCALES[name][1][quantity], []
+        for size in sizes:
+            with process(args, True, function, **{quantity: size}) as pool:
+                # A second reading beside the first would count twice.
+                found = [pool.submit(once).result() for _ in range(3 if name == "distillation" else 1)]
+            points.append({"seconds": statistics.median(part[0] for part in found), "bytes": found[-1][1]})
+        records.append({"stage": name, "quantity": quantity, "values": sizes, "points": points})
+        seconds, mib = ([point[key] for point in points] for key in ("seconds", "bytes"))
+        powers = [math.log(max(part[-1], 1e-9) / max(part[0], 1e-9)) / math.log(sizes[-1] / sizes[0])
+                  for part in (seconds, mib)]
+        columns = [name, quantity, ", ".join(f"{v:,}" for v in sizes), ", ".join(f"{s:.3g}" for s in seconds),
+                   ", ".join(f"{b / 2**20:.0f}" for b in mib), *(f"{quantity}^{p:.1f}" for p in powers)]
+        print(f"| {' | '.join(columns)} |", flush=True)
+    return records
+
+
+def compare(task, args):
     """Both sides of a task in turn: a record of its medians."""
-    sides, found = {}, {"baseline": [], "ours": []}
+    function, same = TASKS[task]
 
-    def start(side):
-        words = ["--device", args.device, "--threads", str(args.threads or 0), "--worker", task, side]
-        command = [sys.executable, __file__, *words, str(folder / side)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def difference(a, b):
+        return max(float(np.linalg.norm(x - y) / np.linalg.norm(x)) for x, y in zip(a, b))
 
-    for side in found:
-        sides[side] = start(side)
-    for i in range(args.repeats + 1):  # the first warms up, and compiles
-        for side, process in sides.items():
-            process.stdin.write("save\n" if i == 0 else "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if not line:
-                raise SystemExit(f"{task}: the {side} process failed")
-            found[side].append(json.loads(line))
-    for process in sides.values():
-        process.stdin.close()
-        process.wait()
-    if task in EXACT:
-        start("exact").communicate("save\n")
-    seconds = {side: [record["seconds"] for record in records[1:]] for side, records in found.items()}
+    with (process(args, task == "teacher", function, "baseline") as baseline,
+          process(args, True, function, "ours") as ours):
+        pairs = [tuple(pool.submit(once, same and i == 0).result() for pool in (baseline, ours))
+                 for i in range(args.repeats + 1)]  # the first warms up, and compiles
+    seconds = [[side[0] for side in pair] for pair in pairs[1:]]
+    (*_, theirs), (warm_up, _, our) = pairs[0]
     record = {
         "task": task,
-        "what": " ".join(TASKS[task][0].__doc__.split()),
-        "baseline_seconds": statistics.median(seconds["baseline"]),
-        "our_seconds": statistics.median(seconds["ours"]),
-        "times_as_fast": statistics.median(a / b for a, b in zip(seconds["baseline"], seconds["ours"])),
-        "baseline_bytes": found["baseline"][-1]["bytes"],
-        "our_bytes": found["ours"][-1]["bytes"],
-        "warm_up_seconds": found["ours"][0]["seconds"],
+        "what": " ".join(function.__doc__.split()),
+        "baseline_seconds": statistics.median(a for a, _ in seconds),
+        "our_seconds": statistics.median(b for _, b in seconds),
+        "times_as_fast": statistics.median(a / b for a, b in seconds),
+        "baseline_bytes": pairs[-1][0][1],
+        "our_bytes": pairs[-1][1][1],
+        "warm_up_seconds": warm_up,
         "repeats": args.repeats,
     }
-    if TASKS[task][1]:
-        found = {side: torch.load(folder / side) for side in ("baseline", "ours")}
-
-        def difference(a, b):
-            return max(((x - y).norm() / x.norm()).item() for x, y in zip(a, b))
-
-        record["difference"] = difference(found["baseline"], found["ours"])
-        if task in EXACT:  # beside the same in float64: what of the difference is float32's own
-            exact = torch.load(folder / "exact")
-            record["errors"] = {side: difference(exact, parts) for side, parts in found.items()}
+    if same:
+        record["difference"] = difference(theirs, our)
+    if task in EXACT:  # beside the same in float64: what of the difference is float32's own
+        with process(args, True, function, "exact") as pool:
+            *_, exact = pool.submit(once, True).result()
+        record["errors"] = {"baseline": difference(exact, theirs), "ours": difference(exact, our)}
     return record
 
 
@@ -409,48 +364,34 @@ def parse_args(argv=None):
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), help="tasks")
     rows = "how time and memory grow, instead: of these rows, or all"
     parser.add_argument("--scale", nargs="*", choices=SCALES, metavar="ROW", help=rows)
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--scale_worker", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def keep(key, records, same):
-    """Puts records under a key of results/benchmark.json, in place of those that are the same() as these."""
+    """Puts records under a key of results/benchmark.json, in place of those with the same names as these."""
     path = ROOT / "results/benchmark.json"
     contents = json.loads(path.read_text()) if path.exists() else {}
-    old = [r for r in contents.get(key, []) if not any(same(r, new) for new in records)]
-    contents[key] = old + records
-    path.with_suffix(".tmp").write_text(json.dumps(contents, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    new = [[record[name] for name in same] for record in records]
+    contents[key] = [r for r in contents.get(key, []) if [r[name] for name in same] not in new] + records
+    with common.replacing(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=1) + "\n")
 
 
 def main():
     args = parse_args()
-    if args.worker:
-        task, side, path = args.worker
-        return worker(task, side, args.device, args.threads, path)
-    if args.scale_worker:
-        name, quantity, value = args.scale_worker
-        return scale_worker(name, quantity, int(value), args.device, args.threads)
     where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu"
-    made = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": where}
-    made["threads"] = args.threads or torch.get_num_threads()
+    made = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": where,
+            "threads": args.threads or torch.get_num_threads()}
     if args.scale is not None:
-        records = [{**record, **made} for record in scale(args)]
-        names = ("stage", "quantity", "device")
-        return keep("scale", records, lambda a, b: all(a[name] == b[name] for name in names))
-    with tempfile.TemporaryDirectory() as folder:
-        for task in args.only:
-            record = compare(task, args, Path(folder))
-            keep("tasks", [{**record, **made}], lambda a, b: all(a[n] == b[n] for n in ("task", "device")))
-            theirs, ours = (record[f"{side}_bytes"] / 2**20 for side in ("baseline", "our"))
-            print(
-                f"{task}: {record['times_as_fast']:.2f} times as fast ({record['baseline_seconds']:.3f} s, "
-                f"ours {record['our_seconds']:.3f} s), memory {theirs:.0f} MiB, ours {ours:.0f} MiB, "
-                f"difference {record.get('difference', 'not compared')}, "
-                f"from float64: {record.get('errors', 'not compared')}",
-                flush=True,
-            )
+        return keep("scale", [{**record, **made} for record in scale(args)], ("stage", "quantity", "device"))
+    for task in args.only:
+        record = compare(task, args)
+        keep("tasks", [{**record, **made}], ("task", "device"))
+        theirs, ours = (record[f"{side}_bytes"] / 2**20 for side in ("baseline", "our"))
+        print(f"{task}: {record['times_as_fast']:.2f} times as fast ({record['baseline_seconds']:.3f} s, "
+              f"ours {record['our_seconds']:.3f} s), memory {theirs:.0f} MiB, ours {ours:.0f} MiB, "
+              f"difference {record.get('difference', 'not compared')}, "
+              f"from float64: {record.get('errors', 'not compared')}", flush=True)
 
 
 if __name__ == "__main__":
