@@ -235,7 +235,7 @@ def make_step_loss(args, net, data, *key):
     ssl = args.objective in common.SSL
 
     def step_loss(theta, x, z, n):
-        torch.manual_seed(common.seed_of(args.seed, "dropout", *key, n))
+        common.seed_dropout(args.device, args.seed, "dropout", *key, n)
         draws = common.generator(args.device, args.seed, "views", *key, n) if ssl else None
         f = lambda x: forward_flat(net, theta, x)  # noqa: E731
         return common.student_loss(args.objective, f, x, z, data, draws)
@@ -575,13 +575,13 @@ def distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log):
     if checkpoint.step == 0:  # each student begins at another point of its training
         for k in range(args.pool_size):
             begin(k)
-            torch.manual_seed(common.seed_of(args.seed, "pool", "dropout", k))
+            common.seed_dropout(args.device, args.seed, "pool", "dropout", k)
             train(k, common.seed_of(args.seed, "pool", k) % args.pool_steps)
     progress = common.Progress(f"{args.name}: iteration", args.iters, checkpoint.step)
 
     for it in range(checkpoint.step, args.iters):
         draws = common.generator("cpu", args.seed, it)
-        torch.manual_seed(common.seed_of(args.seed, "dropout", it))
+        common.seed_dropout(args.device, args.seed, "dropout", it)
         k = torch.randint(len(pool), (), generator=draws).item()
         batch = torch.randperm(len(images), generator=draws)[: args.batch_real]
         x, z = common.fetch(images, batch, args.device), common.fetch(all_targets, batch, args.device)

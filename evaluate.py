@@ -182,7 +182,7 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, steps=None, 
         draws = common.generator(args.device, seed, "pretrain", "views", step)
         if args.mirror and not ssl:
             x = mirrored(x, draws)
-        torch.manual_seed(common.seed_of(seed, "pretrain", "dropout", step))
+        common.seed_dropout(args.device, seed, "pretrain", "dropout", step)
         loss = common.student_loss(loss_name, f, x, z, data, draws)
         optimizer.zero_grad()
         loss.backward()

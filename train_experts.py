@@ -92,7 +92,7 @@ def train_expert(net, forward, data, images, targets, args, k, checkpoint_of):
         batch = next(batches)
         x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
         draws = common.generator(args.device, *key, "views", step) if ssl else None
-        torch.manual_seed(common.seed_of(*key, "dropout", step))
+        common.seed_dropout(args.device, *key, "dropout", step)
         loss = common.student_loss(args.objective, f, x, z, data, draws)
         optimizer.zero_grad()
         loss.backward()
@@ -138,7 +138,7 @@ def gradient_variance(net, data, images, targets, args, *key, count=32):
         batch = torch.randperm(len(images), generator=order)[: args.batch_size]
         x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
         draws = common.generator(args.device, args.seed, "variance", "views", *key, i)
-        torch.manual_seed(common.seed_of(args.seed, "variance", "dropout", *key, i))
+        common.seed_dropout(args.device, args.seed, "variance", "dropout", *key, i)
         loss = common.student_loss(args.objective, net, x, z, data, draws)
         g = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
         g = torch.cat([part.flatten() for part in g])
