@@ -960,7 +960,7 @@ def load(path, keys, made_by, mmap=False):
         json.dumps({name: {**made} for name, made in contents.get("options", {}).items()})  # plain values
         for key, ndim in keys.items():
             value = contents[key]
-            if ndim == 0 and not (isinstance(value, float) and 0 < value < math.inf):
+            if ndim == 0 and not (type(value) in (int, float) and 0 < value < math.inf):
                 raise ValueError(f"its {key!r} is not a number above 0")
             if ndim and not ((value.dtype, value.ndim) == (torch.float32, ndim)
                              and all(part.isfinite().all() for part in value.split(10_000))):

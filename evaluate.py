@@ -295,7 +295,7 @@ def attempt(function, *arguments, what="", says=True):
             print("error: " + " ".join(f"{what}{problem}".split()), file=sys.stderr, flush=True)
 
 
-def load_set(path, data, out_dim, made):
+def load_set(path, data, out_dim, made, args):
     """(images, targets, lr) of a set; raises Problem if they do not fit data, an ImageSet, or its targets."""
     contents = common.load(path, {"images": 4, "targets": 2, "lr": 0}, "distill.py")
     images, targets, shape = contents["images"], contents["targets"], tuple(data.images.shape[1:])
@@ -305,6 +305,9 @@ def load_set(path, data, out_dim, made):
     if targets.shape[1] != out_dim:
         raise Problem(f"{path}: has targets of D = {targets.shape[1]}, not {out_dim}; make it again")
     common.check_same(path, contents, "", {k: made[k] for k in ("images_id", "targets_id")}, "make it again")
+    made_with = contents.get("options", {}).get("distill", {})
+    if args.arch == "convnet" and made_with.get("iters") and made_with.get("width") != args.width:
+        print(f"{path}: was distilled with --width {made_with['width']}, encoders have --width {args.width}")
     return images, targets, contents["lr"]
 
 
@@ -628,7 +631,7 @@ def main(args):
     first = common.rank() == 0  # says what all processes find
     for name in sum(rows.values(), []):
         path = args.out_dir / "sets" / f"{name}.pt"
-        loaded = sets.get(name) or attempt(load_set, path, data, out_dim, made, says=first)
+        loaded = sets.get(name) or attempt(load_set, path, data, out_dim, made, args, says=first)
         if path.exists() or loaded:  # or the row is not run
             sets[name] = loaded
     downstream = {d: attempt(load_downstream, d, args, channels, says=first) for d in args.downstream}

@@ -898,6 +898,11 @@ def test_sets_that_do_not_fit(copy, capsys):
     fails(capsys, copy, "--sets nothing", "nothing.pt: not found; make it with distill.py")
     put(images=images[:1], targets=targets[:1])
     run("evaluate", copy, run_one)
+    assert "distilled with" not in capsys.readouterr().out
+    torch.save({**contents, "lr": 1}, path)  # a whole number will do
+    run("evaluate", copy, f"{run_one} --width 9")
+    assert "distilled with --width 8, encoders have --width 9" in capsys.readouterr().out
+    put(images=images[:1], targets=targets[:1])
     fails(capsys, copy, f"{run_one}:simclr", "1 images in batches of 256: simclr")
     fails(capsys, copy, f"{run_one} --arch resnet10 --width 2", "1 images in batches of 256: kd")
 
