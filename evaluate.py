@@ -478,19 +478,16 @@ def difference_text(a, base, paired):
 
 
 def read_paper(table, dataset, arch):
-    """A table of the paper, {(pre-training set, row, downstream, fraction): (mean ± std, source)}.
+    """A table of the paper for its pre-training set, {(row, downstream, fraction): (mean ± std, source)}.
 
-    They are those of the run's own pre-training set; or, for digits and one's own images, which the paper
-    does not have, those of the table's first, to stand beside. Of Tables 3 and 4 there are none.
+    Of Tables 3 and 4 there are none.
     """
     try:
         with open(PAPER, newline="", encoding="utf-8") as file:
-            lines = [line for line in csv.DictReader(file) if (line["table"], line["arch"]) == (table, arch)]
-        own = dataset.partition(":")[0] in ("digits", "imagefolder", "images")
-        wanted = lines[0]["pretraining_set"] if own and lines else dataset
-        return {(wanted, line["row"], d, float(line["labels"])): (line[d], line["source"])
-                for line in lines for d in common.DATASETS
-                if line["pretraining_set"] == wanted and line.get(d)}
+            lines = [line for line in csv.DictReader(file)
+                     if (line["table"], line["pretraining_set"], line["arch"]) == (table, dataset, arch)]
+        return {(line["row"], d, float(line["labels"])): (line[d], line["source"])
+                for line in lines for d in common.DATASETS if line.get(d)}
     except (OSError, ValueError, LookupError, TypeError, csv.Error):
         raise Problem(f"{PAPER}: cannot be read; get it from the repository, or leave --paper out") from None
 
@@ -501,26 +498,23 @@ def short_names(downstream):
     return {d: name if list(short.values()).count(name) == 1 else d for d, name in short.items()}
 
 
-def make_tables(table, rows, downstream, budgets, paper, dataset):
+def make_tables(table, rows, downstream, budgets, paper):
     """Markdown, a table a downstream set, a row a (set, objective), columns for each budget, a pair (labelled
     fraction, steps of pre-training, which are None if --epochs counts): accuracy, mean ± std; difference to
     the random subset, paired by seed, ± standard error, for both see the same labelled images, whose draw
     makes most of the std; the paper's figure, if it has one.
 
-    rows: find_rows'; table: make_table's; paper: read_paper's; dataset: the run's pre-training set.
+    rows: find_rows'; table: make_table's; paper: read_paper's.
     """
     tables, names, compare = [], short_names(downstream), BASE in rows and len(rows) > 1
     seeds = {row: [name.removeprefix(row[0]) for name in members] for row, members in rows.items()}
     for d in downstream:
-        # The paper's columns: of this data set; or, of another run's, beside the run's own data set.
-        known = {(p, f): source for (p, _, of, f), (_, source) in paper.items()
-                 if (of == d and (f, None) in budgets if p == dataset else of == p and d == dataset)}
+        known = {f: source for (_, of, f), (_, source) in paper.items() if of == d and (f, None) in budgets}
         heads = [f"pre-training set; labels of {names[d]}", "n"]
         for f, steps in budgets:
             heads.append(f"{100 * f:g} % labels" + (f", {steps:,} steps" if steps else ""))
             heads += ["difference"] if compare else []
-        heads += [f"{source}: {f'{p}, ' if p != dataset else ''}{100 * f:g} %"
-                  for (p, f), source in known.items()]
+        heads += [f"{source}: {100 * f:g} %" for f, source in known.items()]
         lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for row in rows:
             first = table[(row, d, *budgets[0])]
@@ -532,8 +526,7 @@ def make_tables(table, rows, downstream, budgets, paper, dataset):
                 paired = seeds[row] == seeds.get(BASE)
                 texts += [difference_text(a, base, paired) if row != BASE else ""] if compare else []
             plain = row[1] in ("kd", "none")  # the paper's other rows are pre-trained otherwise
-            texts += [paper.get((p, row[0], d if p == dataset else p, f), ("",))[0] if plain else ""
-                      for p, f in known]
+            texts += [paper.get((row[0], d, f), ("",))[0] if plain else "" for f in known]
             lines.append(f"| {' | '.join(texts)} |")
         tables.append("\n".join(lines) + "\n")
     return "\n".join(tables)
@@ -606,7 +599,7 @@ def caption(args, rows, downstream, paper):
 def write_tables(args, table, rows, downstream, paper):
     """OUT/NAME.md and OUT/NAME.png; prints the tables."""
     path, budgets = args.out_dir / f"{args.name}.md", list(itertools.product(args.fractions, args.probe_at))
-    text = make_tables(table, rows, args.downstream, budgets, paper, args.dataset)
+    text = make_tables(table, rows, args.downstream, budgets, paper)
     text += f"\n{caption(args, rows, downstream, paper)}\n"
     with common.replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
