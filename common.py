@@ -710,7 +710,8 @@ class Parser(argparse.ArgumentParser):
         run = self.add_argument_group("how to run (of these only --precision counts for the result)")
         run.add_argument("--device", help="where to run (default: cuda if there is one, else mps or cpu)")
         run.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
-        rounding = "tf32: a GPU rounds the factors of products to 10 bits; bf16: networks in bfloat16, too"
+        rounding = "tf32: a GPU rounds the factors of products to 10 bits"
+        rounding += "; bf16: networks in bfloat16, too" if "bf16" in precisions else ""
         run.add_argument("--precision", choices=precisions, default="fp32", help=rounding)
         often = "from one checkpoint to the next, from which the same command goes on; 0: after each step"
         run.add_argument("--checkpoint_minutes", type=at_least(0, float, 1e6), default=5.0, help=often)
@@ -968,7 +969,7 @@ def load(path, keys, made_by, mmap=False):
     except Exception as error:  # torch raises many kinds
         reason = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
         if type(error) not in (KeyError, ValueError):
-            reason = "it is damaged, or holds other things than tensors and plain values"
+            reason = "it is damaged, or no dict of tensors and plain values"
         raise Problem(f"{path}: {reason}; move it away, and make it again with {made_by}") from None
     return contents
 

@@ -81,7 +81,8 @@ def parse_args(argv=None):
     match.add_argument("--max_start_epoch", type=positive, default=2, help="T+ > t (5 %% of cifar: 5)")
     match.add_argument("--max_experts", type=positive, help="use the first so many only (default: all)")
     match.add_argument("--batch_syn", type=positive, default=256, help="synthetic images a step")
-    match.add_argument("--inner_momentum", type=number, default=0.0, help="of the N steps (the paper: none)")
+    momentum = "of the N steps (the paper: none; --lr_init auto of a plain subset: 0.9, as pre-training has)"
+    match.add_argument("--inner_momentum", type=number, default=0.0, help=momentum)
     krr = parser.add_argument_group("KRR-ST (Lee et al., ICLR 2024)")
     krr.add_argument("--pool_size", type=positive, default=10, help="students in the pool")
     krr.add_argument("--pool_steps", type=positive, default=1000, help="steps on D_syn until one starts anew")

@@ -46,8 +46,6 @@ ROWS = {  # names of the table's rows, in its order; other sets follow under the
     "subset_sas": "SAS subset",
     "subset_high_loss": "high-loss subset",
     "subset_kmeans": "k-means subset",
-    "subset_random_auto": "random subset, lr by --lr_init auto",
-    "subset_high_loss_auto": "high-loss subset, lr by --lr_init auto",
     "krr_st_random": "KRR-ST",
     "mkdt_random": "MKDT (random init)",
     "mkdt_high_loss": "MKDT",
@@ -346,7 +344,8 @@ def find_rows(folder, asked):
 
     def place(row):
         name = row.partition(":")[0]
-        return order.index(name) if name in order else len(order) - 1.5, name  # others before full data
+        known = name.removesuffix("_auto")
+        return order.index(known) if known in order else len(order) - 1.5, name  # others before full data
 
     rows = {}
     for row in sorted(dict.fromkeys(asked), key=place):
@@ -437,9 +436,9 @@ def make_table(args, rows, sets, cells, accuracies):
 
 def row_title(row):
     """The table's name of a pair (set, objective)."""
-    name, objective = row
-    how = OBJECTIVES.get(objective)
-    return ROWS.get(name, name) + (f", {how}" if how else "")
+    name, how = row[0].removesuffix("_auto"), OBJECTIVES.get(row[1])
+    auto = ", lr by --lr_init auto" if name in ROWS and name != row[0] else ""
+    return (ROWS[name] + auto if name in ROWS else row[0]) + (f", {how}" if how else "")
 
 
 def accuracy_text(a):

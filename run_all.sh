@@ -39,9 +39,10 @@ case $DISTILL_SEEDS${SEEDS:-} in *[!0-9\ ]*) refuse "DISTILL_SEEDS and SEEDS: gi
 case ${FRACTION:-1} in *[!0-9.]*) refuse "FRACTION=$FRACTION: give a number, such as 0.02" ;; esac
 case ${PROCESSES:-1} in *[!0-9]* | 0*) refuse "PROCESSES=$PROCESSES: give a whole number from 1" ;; esac
 case ${SSL:-simclr} in simclr | barlow_twins) ;; *) refuse "SSL=$SSL: choose simclr or barlow_twins" ;; esac
-known="^(none|full|(subset|mkdt|best|krr_st)_(random|high_loss|sas|kmeans)[a-z0-9_]*)(:(kd|krr_st|simclr|barlow_twins|SSL))?$"
-for row in ${SETS:-}; do
-  [[ $row =~ $known ]] || refuse "SETS: '$row' is unknown"
+init="(random|high_loss|sas|kmeans)"
+known="^(none|full|subset_$init(_auto)?|(mkdt|best)_$init(_[0-9]+)?|krr_st_$init)(:(kd|krr_st|simclr|barlow_twins|SSL))?$"
+for row in ${SETS:-}; do # a set of one's own must be there
+  [[ $row =~ $known ]] || compgen -G "$OUT/*/sets/${row%%:*}.pt" > /dev/null || refuse "SETS: '$row' is unknown"
   [[ $RECIPE-$row != paper-best_* && $RECIPE-$row != best-mkdt_* ]] || refuse "SETS: '$row' is not of RECIPE=$RECIPE"
 done
 [ -n "${DRY_RUN:-}" ] || command -v "${PYTHON:-python}" > /dev/null || refuse "PYTHON=${PYTHON:-python}: not found"
@@ -66,7 +67,8 @@ case $table in
   appendix_b) protocols="finetune_krr_st finetune finetune_slow"
     rows="none subset_random subset_random:SSL krr_st_random krr_st_random:krr_st mkdt_high_loss" ;;
 esac
-[ "$RECIPE" = paper ] || rows=${rows//mkdt_/best_}" subset_random_auto"
+[ "$RECIPE" = paper ] || rows=${rows//mkdt_/best_}
+[ "$RECIPE" = paper ] || [[ $rows = *subset_random_auto* ]] || rows+=" subset_random_auto"
 
 # ---- a preset: the scripts' defaults are the paper's for 2 % of CIFAR-10; of repeated options the last one counts ----
 options() {
@@ -157,6 +159,7 @@ teach() { # targets.pt in $out, of the teacher in $base, or of another --encoder
 
 make_set() { # $1: its row, $2: its seed
   local row=$1 name=$1 seed=$((10#$2)) init words
+  [[ $row =~ $known ]] || return 0
   init=${row#*_} init=${init#st_} init=${init%_auto} init=${init%_[0-9]*}
   [ "$row" != subset_high_loss ] || seed=0 # that depends on none
   [ $seed = 0 ] || name+=_seed$seed

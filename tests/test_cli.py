@@ -254,6 +254,14 @@ def test_seeds_and_rows():
     assert names == {("subset_high_loss", 0), ("mkdt_random_seed1", 1), ("mkdt_random_seed2", 2)}
 
 
+def test_a_set_of_ones_own_is_a_row(tmp_path):
+    (tmp_path / "digits/sets").mkdir(parents=True)
+    (tmp_path / "digits/sets/easy.pt").touch()
+    calls = commands("digits", SETS="none easy easy:simclr subset_random", OUT=str(tmp_path))
+    assert [d.name for d in calls["distill"]] == ["subset_random"]
+    assert calls["evaluate"][0].sets == ["none", "easy", "easy:simclr", "subset_random"]
+
+
 def test_run_all_with_several_processes():
     _, lines = dry_run("digits", PROCESSES="2")
     launcher = "python -m torch.distributed.run --standalone --nproc_per_node 2 "
@@ -274,7 +282,7 @@ WRONG = [  # words, variables, and what a script says as it reads its options; "
         "table1 mnist", "table1 rehearse digits")),
     *(("", {name: value}, said) for said, name, *values in (
         ("", "RECIPE", "worst"), ("", "DISTILL_SEEDS", "a"), ("", "PROCESSES", "two", "0"),
-        ("", "SETS", "mkdt", "gan_random"), ("--init", "SETS", "subset_easy"),
+        ("", "SETS", "mkdt", "gan_random", "subset_easy", "mkdt_random_auto", "subset_random_100"),
         ("--sets", "SETS", "mkdt_random:gan"), ("--fraction", "FRACTION", "abc", "5%", "0,05", "1/20", "-1"),
         ("--seeds", "SEEDS", "0,1", "99999999999"), ("--ssl", "SSL", "byol"),
         ("mnist", "DOWNSTREAM", "digits mnist")) for value in values),

@@ -813,6 +813,13 @@ def test_table_of_the_papers_own_sets():
     assert second.splitlines()[4] == "| MKDT | 3 | 42.00 ± 2.00 | +0.00 ± 0.00 | 2.11 ± 0.28 |"
 
 
+def test_titles_and_order_of_rows(tmp_path):
+    asked = ["full", "mine_auto", "subset_kmeans", "subset_random_auto", "subset_random:simclr", "none"]
+    assert [evaluate.row_title(row) for row in evaluate.find_rows(tmp_path, asked)] == [
+        "no pre-training", "random subset, pre-trained by SimCLR", "random subset, lr by --lr_init auto",
+        "k-means subset", "mine_auto", "full data"]
+
+
 def test_standard_error_of_a_difference():
     """Sets of both rows count; those of the same distillation seeds are paired; none where one failed."""
     x, b = np.random.default_rng(0).normal(50, 5, (2, 3, 4))
