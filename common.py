@@ -356,8 +356,8 @@ def decode(paths, size, folder, advice):
             return squash(read_image(path), size).tobytes()
         except Problem as problem:
             broken.append(f"{path} ({problem})")
-        except Exception:  # Pillow raises many kinds
-            broken.append(f"{path} (cut off, or no image)")
+        except Exception as error:  # Pillow raises many kinds
+            broken.append(f"{path} ({getattr(error, 'strerror', None) or 'cut off, or no image'})")
         return b""
 
     broken, progress = [], Progress("decoding image", len(paths))
@@ -958,14 +958,17 @@ def load(path, keys, made_by, mmap=False):
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("it is damaged")  # torch itself does not look at the checksums
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        contents = {key: v.detach() if torch.is_tensor(v) else v for key, v in contents.items()}
         json.dumps({name: {**made} for name, made in contents.get("options", {}).items()})  # plain values
         for key, ndim in keys.items():
             value = contents[key]
-            if ndim == 0 and not (type(value) in (int, float) and 0 < value < math.inf):
-                raise ValueError(f"its {key!r} is not a number above 0")
+            if ndim == 0 and not (type(value) in (int, float) and 0 < value <= 1e12):
+                raise ValueError(f"its {key!r} is no number above 0, of 1e12 at most")
             if ndim and not ((value.dtype, value.ndim) == (torch.float32, ndim)
                              and all(part.isfinite().all() for part in value.split(10_000))):
                 raise ValueError(f"its {key!r} is not a finite float32 tensor of {ndim} dimensions")
+    except PermissionError:
+        raise
     except Exception as error:  # torch raises many kinds
         reason = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
         if type(error) not in (KeyError, ValueError):

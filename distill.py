@@ -101,9 +101,11 @@ def parse_args(argv=None):
     if auto and args.method == "krr_st" and args.iters:
         raise Problem("--lr_init auto: not with --method krr_st; leave one of them out")
     if not args.iters:  # a plain subset does not depend on how it would be learnt
+        args.method = "mkdt"
         for group in (learn, krr) if auto else (learn, krr, match):
             for action in group._group_actions:
-                setattr(args, action.dest, action.default)
+                if (args.init, action.dest) != ("high_loss", "max_experts"):
+                    setattr(args, action.dest, action.default)
         args.inner_momentum = 0.9 if auto else 0.0  # as pre-training has
     if not args.name:
         args.name = f"{args.method if args.iters else 'subset'}_{args.init}"
@@ -299,6 +301,9 @@ def find_rate(args, images, targets, net, data, trajectories, functions=None):
         untried = [rate for rate in (best / 2, best * 2) if rate not in tried]
     said = ", ".join(f"{rate:.3g}: {loss:.3g}" for rate, loss in sorted(tried.items()))
     print(f"--lr_init auto: {best:.3g}; matching loss by rate: {said}")
+    if not math.isfinite(tried[best]):
+        raise Problem("--lr_init auto: the matching loss is finite at no rate; do the experts move? Train "
+                      "them with a larger --lr, or give a number")
     if tried[best] >= 1:
         print("warning: --lr_init auto: at no rate does the set bring a student nearer to the experts; "
               "choose a larger --fraction, or fewer --expert_epochs", file=sys.stderr)
@@ -404,13 +409,14 @@ def find_experts(args):
     folder = args.out_dir / "experts"
     paths = sorted(path for path in folder.glob("*.pt") if re.fullmatch(r"\d{4,}", path.stem))
     if len(paths) < (args.max_experts or 1):
-        raise Problem(f"{folder}: has {len(paths)} experts, for --max_experts {args.max_experts or 'all'}; "
-                      "make more with train_experts.py, or choose fewer")
+        asked = f", fewer than --max_experts {args.max_experts}" if args.max_experts else ""
+        raise Problem(f"{folder}: has {len(paths)} experts{asked}; make more with train_experts.py")
     first = common.load(paths[0], {}, "train_experts.py", mmap=True)
     made = first.get("options", {}).get("train_experts", {})
     objective = made.get("objective", "kd")
     inits = {"supervised": ["high_loss", "random"]}.get(objective, INITS)  # others want a teacher's features
-    inits = ["random"] if objective in common.SSL else inits  # SSL has no loss of single examples
+    if objective in common.SSL or (objective == "supervised" and args.method == "krr_st"):
+        inits = ["random"]  # SSL has no loss of single examples, and KRR-ST wants a teacher's targets
     if objective not in (*common.LOSSES, *common.SSL) or args.init not in inits:
         raise Problem(f"--init {args.init}: the experts in {folder} are {objective!r}; choose "
                       f"{' or '.join(inits)}, or make experts that are known")

@@ -68,6 +68,7 @@ FINETUNE = {  # recipes of full fine-tuning, all SGD with momentum 0.9 and cosin
     "finetune_krr_st": dict(steps=10_000, lr=0.01, backbone=1.0, weight_decay=5e-4, augment=True),
 }
 PAPER = Path(__file__).parent / "results" / "paper.csv"
+NAME = r"\w[\w.+-]*"  # of a set or a table
 BASE = ("subset_random", "kd")  # the row that others are compared with
 
 
@@ -115,12 +116,12 @@ def parse_args(argv=None):
     for option in ("sets", "downstream", "fractions", "seeds", "probe_at"):  # each once
         setattr(args, option, list(dict.fromkeys(getattr(args, option) or [])))
     for row in args.sets:
-        if not re.fullmatch(rf"\w[\w.+-]*(:({'|'.join(OBJECTIVES)}))?", row):
+        if not re.fullmatch(rf"{NAME}(:({'|'.join(OBJECTIVES)}))?", row):
             raise Problem(f"--sets {row!r}: choose NAME or NAME:OBJECTIVE, of {', '.join(OBJECTIVES)}")
     for name in args.downstream:
         if common.parse_dataset(name, args.data_dir)[0] == "images":
             raise Problem(f"--downstream {name}: has no labels; give sets that have")
-    if not re.fullmatch(r"\w[\w.+-]*", args.name):
+    if not re.fullmatch(NAME, args.name):
         raise Problem(f"--name {args.name!r}: choose letters, digits, and . + - _ within")
     args.width = args.width or (128 if args.arch == "convnet" else 64)
     return args
@@ -304,8 +305,9 @@ def load_set(path, data, out_dim, made, args):
         raise Problem(f"{path}: has targets of D = {targets.shape[1]}, not {out_dim}; make it again")
     common.check_same(path, contents, "", {k: made[k] for k in ("images_id", "targets_id")}, "make it again")
     made_with = contents.get("options", {}).get("distill", {})
-    if args.arch == "convnet" and made_with.get("iters") and made_with.get("width") != args.width:
-        print(f"{path}: was distilled with --width {made_with['width']}, encoders have --width {args.width}")
+    width = made_with.get("width", args.width)
+    if args.arch == "convnet" and made_with.get("iters") and width != args.width:
+        print(f"{path}: was distilled with --width {width}, encoders have --width {args.width}")
     return images, targets, contents["lr"]
 
 
@@ -339,6 +341,9 @@ def find_rows(folder, asked):
     there.
     """
     there = sorted(path.stem for path in folder.glob("*.pt"))
+    for name in [n for n in there if n in ("none", "full") or not re.fullmatch(NAME, n)]:
+        print(f"{folder / name}.pt: is left out; choose letters, digits, . + - _, and not none or full")
+        there.remove(name)
     asked = asked or ["none", *(re.sub(r"_seed\d+$", "", name) for name in there), "full"]
     order = list(ROWS)
 

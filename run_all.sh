@@ -29,18 +29,18 @@ case ${1:-} in
   digits | cifar10 | cifar100 | tinyimagenet) preset=$1; shift ;;
   imagefolder | images)
     [ -d "${2:-}" ] || [ "${DRY_RUN:-}${2:+x}" = 1x ] || refuse "$1 '${2:-}': there is no such folder"
-    preset=$1 folder=${2%/}; [ ! -d "$folder" ] || folder=$(cd "$folder" && pwd); shift 2 ;;
+    preset=$1 folder=$2; [ ! -d "$folder" ] || folder=$(cd "$folder" && pwd); shift 2 ;;
 esac
 if [ "${1:-}" = rehearse ]; then rehearse=_rehearsal preset=${preset:-digits}; shift; fi
 [ $# = 0 ] || refuse "'$1' is not understood"
 OUT=${OUT:-runs} RECIPE=${RECIPE:-paper} DISTILL_SEEDS=${DISTILL_SEEDS:-0}
 case $RECIPE in paper | best) ;; *) refuse "RECIPE=$RECIPE: choose paper or best" ;; esac
-case $DISTILL_SEEDS${SEEDS:-} in *[!0-9\ ]*) refuse "DISTILL_SEEDS and SEEDS: give whole numbers" ;; esac
-case ${FRACTION:-1} in *[!0-9.]*) refuse "FRACTION=$FRACTION: give a number, such as 0.02" ;; esac
+[[ "$DISTILL_SEEDS ${SEEDS:-0}" =~ ^([0-9]{1,9}(\ +|$))+$ ]] || refuse "DISTILL_SEEDS and SEEDS: give whole numbers"
+[[ ${FRACTION:-1} =~ ^(1|0?\.[0-9]+)$ ]] || refuse "FRACTION=$FRACTION: give a number up to 1, such as 0.02"
 case ${PROCESSES:-1} in *[!0-9]* | 0*) refuse "PROCESSES=$PROCESSES: give a whole number from 1" ;; esac
 case ${SSL:-simclr} in simclr | barlow_twins) ;; *) refuse "SSL=$SSL: choose simclr or barlow_twins" ;; esac
 init="(random|high_loss|sas|kmeans)"
-known="^(none|full|subset_$init(_auto)?|(mkdt|best)_$init(_[0-9]+)?|krr_st_$init)(:(kd|krr_st|simclr|barlow_twins|SSL))?$"
+known="^(none|full|subset_$init(_auto)?|(mkdt|best)_$init(_[1-9][0-9]*)?|krr_st_$init)(:(kd|krr_st|simclr|barlow_twins|SSL))?$"
 for row in ${SETS:-}; do # a set of one's own must be there
   [[ $row =~ $known ]] || compgen -G "$OUT/*/sets/${row%%:*}.pt" > /dev/null || refuse "SETS: '$row' is unknown"
   [[ $RECIPE-$row != paper-best_* && $RECIPE-$row != best-mkdt_* ]] || refuse "SETS: '$row' is not of RECIPE=$RECIPE"

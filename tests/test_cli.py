@@ -281,9 +281,10 @@ WRONG = [  # words, variables, and what a script says as it reads its options; "
         "mnist", "imagefolder", "imagefolder /no/folder", "images", f"images {ROOT}", "digits fast", "table8",
         "table1 mnist", "table1 rehearse digits")),
     *(("", {name: value}, said) for said, name, *values in (
-        ("", "RECIPE", "worst"), ("", "DISTILL_SEEDS", "a"), ("", "PROCESSES", "two", "0"),
-        ("", "SETS", "mkdt", "gan_random", "subset_easy", "mkdt_random_auto", "subset_random_100"),
-        ("--sets", "SETS", "mkdt_random:gan"), ("--fraction", "FRACTION", "abc", "5%", "0,05", "1/20", "-1"),
+        ("", "RECIPE", "worst"), ("", "DISTILL_SEEDS", "a", "99999999999"), ("", "PROCESSES", "two", "0"),
+        ("", "SETS", "mkdt", "gan_random", "subset_easy", "mkdt_random_auto", "mkdt_random_0"),
+        ("", "SETS", "subset_random_9", "mkdt_random:gan"),
+        ("", "FRACTION", "abc", "5%", "0,05", "1/20", "-1", "7", "."),
         ("--seeds", "SEEDS", "0,1", "99999999999"), ("--ssl", "SSL", "byol"),
         ("mnist", "DOWNSTREAM", "digits mnist")) for value in values),
 ]

@@ -127,6 +127,9 @@ def test_high_loss_subset_and_max_experts(copy):
     loss = read(folder / "experts/0000.pt")["example_loss"]
     assert torch.equal(read(folder / "sets/mkdt_high_loss.pt")["indices"], loss.topk(N // 10).indices)
     assert {step["expert"] for step in log(folder / "distill_mkdt_high_loss.jsonl")[1:]} == {0}
+    run("distill", folder, "--init high_loss --iters 0 --max_experts 1")
+    subset = read(folder / "sets/subset_high_loss.pt")
+    assert torch.equal(subset["indices"], loss.topk(N // 10).indices)
 
 
 # -- the variance of gradients -------------------------------------------------------------------------------
@@ -305,6 +308,7 @@ def test_options_that_do_not_go_with_an_objective(copy, tmp_path):
     for init in ("high_loss", "sas"):
         refused("distill", simclr, f"--init {init}", f"--init {init}", "simclr", "random")
     refused("distill", supervised, "--init sas", "--init sas", "supervised", "high_loss")
+    refused("distill", supervised, "--init high_loss --method krr_st", "--init high_loss", "supervised")
     refused("distill", simclr, "--name x --batch_syn 1", "--batch_syn 1", "simclr")
     refused("distill", simclr, "--name x --fraction 0.007", "--fraction", "1 of 150")
     refused("distill", simclr, "--name x --max_experts 4", "--max_experts 4", "has 3")

@@ -882,6 +882,9 @@ def test_experts_that_do_not_fit(copy):
     torch.save(expert, path)
     run("distill", copy, "--iters 1 --name x")
     shutil.rmtree(copy / "experts")
+    run("train_experts", copy, "--lr 0")
+    refused("distill", copy, "--iters 0 --lr_init auto --name y", "--lr_init auto", "do the experts move")
+    shutil.rmtree(copy / "experts")
     run("train_experts", copy, "--lr 0.05")
     refused("distill", copy, "--iters 1 --name x", "sets/x.pt", "now --lr 0.05")
 
@@ -904,6 +907,9 @@ def test_sets_that_do_not_fit(copy, capsys):
     put(images=images[:1], targets=targets[:1])
     run("evaluate", copy, run_one)
     assert "distilled with" not in capsys.readouterr().out
+    for lr in (0, -0.1, 2**64, 1e39, True):
+        torch.save({**contents, "lr": lr}, path)
+        fails(capsys, copy, run_one, "'lr'")
     torch.save({**contents, "lr": 1}, path)  # a whole number will do
     run("evaluate", copy, f"{run_one} --width 9")
     assert "distilled with --width 8, encoders have --width 9" in capsys.readouterr().out
@@ -912,9 +918,22 @@ def test_sets_that_do_not_fit(copy, capsys):
     fails(capsys, copy, f"{run_one} --arch resnet10 --width 2", "1 images in batches of 256: kd")
 
 
+def test_files_whose_names_are_none_of_sets(copy, capsys):
+    for name in ("none", "full", "my:set", "a|b"):
+        shutil.copy(copy / "sets/subset_random.pt", copy / f"sets/{name}.pt")
+    rows = evaluate.find_rows(copy / "sets", [])
+    assert rows == {("none", "none"): ["none"], ("full", "kd"): ["full"],
+                    **{(name, "kd"): [name] for name in
+                       ("subset_random", "subset_high_loss", "mkdt_random", "mkdt_high_loss")}}
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 4 and all("is left out" in line for line in said)
+
+
 def test_names_of_sets():
     for options, name in [("", "mkdt_high_loss"), ("--seed 3", "mkdt_high_loss_seed3"),
-                          ("--iters 0", "subset_high_loss"), ("--method krr_st --init sas", "krr_st_sas"),
+                          ("--iters 0", "subset_high_loss"),
+                          ("--method krr_st --iters 0", "subset_random"),
+                          ("--method krr_st --init sas", "krr_st_sas"),
                           ("--iters 0 --lr_init auto --seed 1", "subset_high_loss_auto_seed1")]:
         assert distill.parse_args(options.split()).name == name
     for name in ("..", "a/b", "none", "full", "-x", "full_seed1"):
