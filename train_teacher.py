@@ -89,8 +89,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
+        x = x.contiguous()  # the processes exchange memory as it lies
         rows = [torch.empty_like(x) for _ in range(common.world_size())]
-        torch.distributed.all_gather(rows, x.contiguous())
+        torch.distributed.all_gather(rows, x)
         return torch.cat(rows)
 
     @staticmethod

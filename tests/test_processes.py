@@ -27,8 +27,9 @@ def teacher_step(ssl):
     torch.manual_seed(0)
     norms = [torch.nn.BatchNorm2d, torch.nn.BatchNorm1d]  # torch's own are the judge
     norms = norms if common.world_size() == 1 else [train_teacher.SyncBatchNorm] * 2
-    projector = train_teacher.make_projector(ssl, 32, 16, norms[1])
-    net = torch.nn.Sequential(common.ResNet(width=4, norm_layer=norms[0]), projector).double()
+    projector = train_teacher.make_projector(ssl, 64, 16, norms[1])
+    encoder = common.ResNet(width=8, norm_layer=norms[0]).to(memory_format=torch.channels_last)
+    net = torch.nn.Sequential(encoder, projector).double()
     images = torch.rand(12, 3, 8, 8, dtype=torch.float64)
     first, share = common.rank() * 6, 12 // common.world_size()
     data = common.ImageSet(images, None, torch.full((3,), 0.5), torch.full((3,), 0.25))
@@ -63,7 +64,8 @@ def worker(out, rank, port):
     sys.stdout = open(out / f"said_{rank}", "w")  # noqa: SIM115
     common.set_up(train_teacher.parse_args(TEACHER))
     steps = {ssl: teacher_step(ssl) for ssl in SSL}
-    steps["gather"] = train_teacher.gather(torch.arange(6.0).view(3, 2) + 10 * common.rank())
+    rows = torch.arange(48.0).view(3, 4, 2, 2).to(memory_format=torch.channels_last)
+    steps["gather"] = train_teacher.gather(rows + 100 * common.rank())
     if common.rank() == 0:
         torch.save(steps, out / "steps.pt")
     run = ["--out_dir", out / "run"]
@@ -122,8 +124,8 @@ def test_the_teachers_step_is_that_of_one_process(two):
         assert list(steps[ssl]) == list(alone) and any("running_var" in name for name in alone)
         for name in (name for name in alone if "num_batches_tracked" not in name):  # which nothing reads
             torch.testing.assert_close(steps[ssl][name], alone[name], rtol=1e-8, atol=1e-10, msg=name)
-    rows = torch.arange(6.0).view(3, 2)
-    assert torch.equal(steps["gather"], torch.cat([rows, rows + 10]))
+    rows = torch.arange(48.0).view(3, 4, 2, 2)
+    assert torch.equal(steps["gather"], torch.cat([rows, rows + 100]))
 
 
 @pytest.mark.parametrize("path", ["{}/targets.pt", "{}/teacher.pt", "run/sets/{}.pt"])
