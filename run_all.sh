@@ -29,7 +29,7 @@ case ${1:-} in
   digits | cifar10 | cifar100 | tinyimagenet) preset=$1; shift ;;
   imagefolder | images)
     [ -d "${2:-}" ] || [ "${DRY_RUN:-}${2:+x}" = 1x ] || refuse "$1 '${2:-}': there is no such folder"
-    preset=$1 folder=$2; [ ! -d "$folder" ] || folder=$(cd "$folder" && pwd); shift 2 ;;
+    preset=$1 folder=${2%/} folder=${folder:-/}; [ ! -d "$folder" ] || folder=$(cd "$folder" && pwd); shift 2 ;;
 esac
 if [ "${1:-}" = rehearse ]; then rehearse=_rehearsal preset=${preset:-digits}; shift; fi
 [ $# = 0 ] || refuse "'$1' is not understood"
