@@ -39,10 +39,11 @@ case $RECIPE in paper | best) ;; *) refuse "RECIPE=$RECIPE: choose paper or best
 [[ ${FRACTION:-1} =~ ^(1|0?\.[0-9]+)$ ]] || refuse "FRACTION=$FRACTION: give a number up to 1, such as 0.02"
 case ${PROCESSES:-1} in *[!0-9]* | 0*) refuse "PROCESSES=$PROCESSES: give a whole number from 1" ;; esac
 case ${SSL:-simclr} in simclr | barlow_twins) ;; *) refuse "SSL=$SSL: choose simclr or barlow_twins" ;; esac
-init="(random|high_loss|sas|kmeans)"
-known="^(none|full|subset_$init(_auto)?|(mkdt|best)_$init(_[1-9][0-9]*)?|krr_st_$init)(:(kd|krr_st|simclr|barlow_twins|SSL))?$"
+init="(random|high_loss|sas|kmeans)" how="(:(kd|krr_st|simclr|barlow_twins|SSL))?"
+known="^(none|full|subset_$init(_auto)?|(mkdt|best)_$init(_[1-9][0-9]*)?|krr_st_$init)$how$"
 for row in ${SETS:-}; do # a set of one's own must be there
-  [[ $row =~ $known ]] || compgen -G "$OUT/*/sets/${row%%:*}.pt" > /dev/null || refuse "SETS: '$row' is unknown"
+  [[ $row =~ $known || $row =~ ^[^:]*$how$ && -n $(compgen -G "$OUT/*/sets/${row%%:*}.pt") ]] ||
+    refuse "SETS: '$row' is unknown"
   [[ $RECIPE-$row != paper-best_* && $RECIPE-$row != best-mkdt_* ]] || refuse "SETS: '$row' is not of RECIPE=$RECIPE"
 done
 [ -n "${DRY_RUN:-}" ] || command -v "${PYTHON:-python}" > /dev/null || refuse "PYTHON=${PYTHON:-python}: not found"

@@ -260,6 +260,8 @@ def test_a_set_of_ones_own_is_a_row(tmp_path):
     calls = commands("digits", SETS="none easy easy:simclr subset_random", OUT=str(tmp_path))
     assert [d.name for d in calls["distill"]] == ["subset_random"]
     assert calls["evaluate"][0].sets == ["none", "easy", "easy:simclr", "subset_random"]
+    for row in ("hard", "easy:gan"):
+        assert is_refused(dry_run("digits", SETS=row, OUT=str(tmp_path))[0]), row
 
 
 def test_run_all_with_several_processes():
@@ -292,7 +294,7 @@ WRONG = [  # words, variables, and what a script says as it reads its options; "
 
 @pytest.mark.parametrize("words, variables, said", WRONG)
 def test_words_and_variables_that_cannot_be(words, variables, said):
-    for_real = {"DRY_RUN": "", "PYTHON": "true"} if words else {}
+    for_real = {"DRY_RUN": "", "PYTHON": "true"} if words else {"OUT": "/no/folder"}
     done, lines = dry_run(*words.split(), **variables, **for_real)
     if said and done.returncode == 0:
         refuses(lambda: [parse(line) for line in lines], said)
