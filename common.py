@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -164,9 +165,8 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
     advice = f"remove what {folder} has of {key}, and try again" if count else "replace or remove them"
     if wanted and len(images) != wanted:
         raise Problem(f"{folder}: has {len(images)} of {wanted} {split} images of {key}; {advice}")
-    keep = range(len(images))
-    if limit and limit < len(images):
-        keep = [i * len(images) // limit for i in range(limit)]
+    limit = min(limit or len(images), len(images))
+    keep = [i * len(images) // limit for i in range(limit)]
     images, labels = [images[i] for i in keep], labels and torch.tensor([int(labels[i]) for i in keep])
     if isinstance(images[0], np.ndarray):
         images = np.stack([squash(image, size) for image in images])
@@ -174,10 +174,8 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
         images = decode(images, size, Path(data_dir) / "decoded", advice)
     images = torch.from_numpy(images)
     if mean is None:
-        sums = torch.zeros(2, images.shape[1], dtype=torch.float64)
-        for part in images.split(200):
-            x = part.transpose(0, 1).flatten(1).float() / 255
-            sums += torch.stack([x.sum(1, dtype=torch.float64), x.square().sum(1, dtype=torch.float64)])
+        parts = (part.float() / 255 for part in images.split(200))
+        sums = sum(torch.stack([x, x.square()]).sum((1, 3, 4), dtype=torch.float64) for x in parts)
         mean, square = sums * images.shape[1] / images.numel()
         std = (square - mean.square()).clamp(min=1e-4).sqrt()
     return ImageSet(images, labels, torch.as_tensor(mean).float(), torch.as_tensor(std).float(), flip)
@@ -203,8 +201,7 @@ def samples(key, split, folder):
                 part = getattr(datasets, key.upper())(folder, train, download=True)
                 return part.data, part.targets
             if key == "aircraft":  # 6,667 images: "trainval", labels by variant
-                split = "trainval" if train else "test"
-                part = datasets.FGVCAircraft(folder, split, "variant", download=True)
+                part = datasets.FGVCAircraft(folder, "trainval" if train else "test", download=True)
                 return part._image_files, part._labels
             if key == "flowers":  # 1,020 images: "train" without "val", as the authors do
                 part = datasets.Flowers102(folder, split, download=True)
@@ -218,15 +215,13 @@ def samples(key, split, folder):
 
 def unpack(key, data_dir):
     """The folder data_dir/KEY with the archives unpacked; what is not in data_dir yet is downloaded."""
-    from torchvision.datasets.utils import download_url, extract_archive
+    from torchvision.datasets.utils import download_and_extract_archive
 
     root = Path(data_dir) / key
     if not root.exists():
         partial = root.with_name(key + ".partial")  # moved into place when whole
         for url, md5 in DATASETS[key].archives:
-            name = url.rsplit("/", 1)[1]
-            download_url(url, data_dir, name, md5)  # does nothing when the archive is there and whole
-            extract_archive(os.path.join(data_dir, name), partial)
+            download_and_extract_archive(url, data_dir, partial, md5=md5)  # no download of one that is whole
         partial.rename(root)
     return root
 
@@ -347,8 +342,8 @@ def decode(paths, size, folder, advice):
     for path in paths:
         with contextlib.suppress(OSError):  # a file that is not there is named below
             info = os.stat(path)
-            digest.update(os.fsencode(os.path.abspath(path)))
-            digest.update(f" {info.st_size} {info.st_mtime_ns}\n".encode())
+            name = os.fsencode(os.path.abspath(path))
+            digest.update(b"%s %d %d\n" % (name, info.st_size, info.st_mtime_ns))
     target = folder / f"{digest.hexdigest()[:16]}.npy"
 
     def read(path):
@@ -406,12 +401,10 @@ def make_student(out_dim, image_size, channels, width=128, depth=None):
 
 
 class ConvNet(nn.Module):
-    """The paper's student: depth x [3x3 convolution, instance norm, ReLU, 2x2 average pooling], then a linear
-    head to out_dim.
+    """The paper's student: depth x [3x3 convolution, instance norm, ReLU, 2x2 average pooling], then a head.
 
     Instance norm is GroupNorm with a group a channel: no running statistics, so the parameters are the whole
-    network. With out_dim 512 at 32 px it has P = 1,348,608 parameters. features(x) is what the probe sees
-    (paper, appendix A).
+    network, P = 1,348,608 with out_dim 512 at 32 px. features(x) is what the probe sees (appendix A).
     """
 
     def __init__(self, out_dim, image_size=32, channels=3, width=128, depth=3):
@@ -420,12 +413,8 @@ class ConvNet(nn.Module):
             raise Problem(f"--depth {depth} halves images of {image_size} px to nothing; choose less")
         blocks = []
         for i in range(depth):
-            blocks += [
-                nn.Conv2d(channels if i == 0 else width, width, 3, padding=1),
-                nn.GroupNorm(width, width),
-                nn.ReLU(),
-                nn.AvgPool2d(2),
-            ]
+            blocks += [nn.Conv2d(channels if i == 0 else width, width, 3, padding=1),
+                       nn.GroupNorm(width, width), nn.ReLU(), nn.AvgPool2d(2)]
         self.body = nn.Sequential(*blocks)
         self.head = nn.Linear(width * (image_size // 2**depth) ** 2, out_dim)
 
@@ -502,8 +491,7 @@ def barlow_twins_loss(z1, z2, off_diagonal):
     F is the cross-correlation of the batch; 0 if both views agree and the dimensions are uncorrelated. The
     standard deviation divides by B, not B - 1, or F_ii of two equal views would be (B - 1) / B.
     """
-    z1 = (z1 - z1.mean(0)) / (z1.var(0, correction=0) + 1e-12).sqrt()
-    z2 = (z2 - z2.mean(0)) / (z2.var(0, correction=0) + 1e-12).sqrt()
+    z1, z2 = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-12).sqrt() for z in (z1, z2))
     correlation = z1.T @ z2 / len(z1)  # (d, d)
     diagonal = correlation.diagonal()
     off = correlation.square().sum() - diagonal.square().sum()
@@ -718,9 +706,8 @@ class Parser(argparse.ArgumentParser):
         anew = "begin anew in spite of a checkpoint; what is finished stays"
         run.add_argument("--restart", action="store_true", help=anew)
         if compile:
-            fused = "fuse a student's step by torch.compile (not with SSL): faster, after a minute or two"
+            fused = "torch.compile a student's step (SSL: of experts only): faster, after a minute or two"
             run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=fused)
-        return run
 
     def error(self, message):
         raise Problem(message)
@@ -970,9 +957,8 @@ def load(path, keys, made_by, mmap=False):
     except PermissionError:
         raise
     except Exception as error:  # torch raises many kinds
-        reason = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
-        if type(error) not in (KeyError, ValueError):
-            reason = "it is damaged, or no dict of tensors and plain values"
+        reasons = {KeyError: f"it has no {error}", ValueError: f"{error}"}
+        reason = reasons.get(type(error), "it is damaged, or no dict of tensors and plain values")
         raise Problem(f"{path}: {reason}; move it away, and make it again with {made_by}") from None
     return contents
 
@@ -1158,11 +1144,6 @@ def stop(number, frame=None):
 
 
 stop.signal, stop.at = None, 0.0
-SMALLER = "out of memory: choose smaller batches or a smaller --width"
-OTHERS = "another process ended, or is not to be reached; what it said, or torchrun's report, tells why"
-HINTS = {  # a part of what a RuntimeError of torch says: what to do
-    "allocate memory": SMALLER, "out of memory": SMALLER, "gloo": OTHERS, "Connection": OTHERS,
-}
 
 
 def keep_memory():
@@ -1189,12 +1170,14 @@ def run(main, parse_args):
     except OSError as error:
         text = f"{error.filename or 'a file'}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:
-        text = (f"{error}" or "out of memory").splitlines()[0]
-        hints = [hint for sign, hint in HINTS.items() if sign in text]
-        if not hints:
+        text = f"{error}".partition("\n")[0]
+        hint = "out of memory: choose smaller batches or a smaller --width"
+        if "gloo" in text or "Connection" in text:
+            hint = "another process ended, or is not reached; its message, or torchrun's report, says why"
+        elif isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", text):
             raise
         kept = f"; {Checkpoint.under_way.kept()}" if Checkpoint.under_way else ""
-        text = f"{hints[0]} ({text}){kept}"
+        text = f"{hint} ({text}){kept}"
     Checkpoint.under_way = None  # a signal ends the process at once
     if rank() > 0:
         time.sleep(30)  # what all processes find the first one says, and torchrun ends the others meanwhile

@@ -64,7 +64,7 @@ def parse_args(argv=None):
     start = "start of alpha_syn, lr of a plain subset; auto: sought, by the matching loss of fresh students"
     syn.add_argument("--lr_init", type=rate, default=0.1, help=start)
     learn = parser.add_argument_group("learning")
-    lrs = "of the pixels (default: 1e3; 5 %%: 1e4; tiny: 1e5; krr_st, with the targets: 1e-4, tiny: 1e-5)"
+    lrs = "of pixels (default: 1e3, krr_st, with the targets: 1e-4; at 5 %%: 1e4, tiny: 1e5, krr_st 1e-5)"
     learn.add_argument("--lr_img", type=number, help=lrs)
     learn.add_argument("--lr_lr", type=number, default=1e-4, help="lr of alpha_syn")
     logarithm = "learn log alpha_syn, which --lr_lr is then the lr of (the paper: alpha_syn itself)"
@@ -110,8 +110,7 @@ def parse_args(argv=None):
     if not args.name:
         args.name = f"{args.method if args.iters else 'subset'}_{args.init}"
         args.name += "_auto" if auto and not args.iters else ""
-        seed = f"_seed{args.seed}" if args.seed else ""
-        args.name = args.name.removesuffix(seed) + seed
+        args.name += f"_seed{args.seed}" if args.seed else ""
     return args
 
 
@@ -278,8 +277,8 @@ def draw(args, size, trajectories, *key, max_start=None):
 def find_rate(args, images, targets, net, data, trajectories, functions=None):
     """--lr_init auto: (the rate at which the set, as it starts, matches the experts best, {rate: loss}).
 
-    The inner loop runs forward alone, from the fresh weights of four experts, as pre-training does, at rates
-    a factor of 2 apart, from 0.1 as far down and up as the least mean matching loss asks.
+    The inner loop runs forward alone, four times from an expert's fresh weights, as pre-training does, at
+    rates a factor of 2 apart, from 0.1 as far down and up as the least mean matching loss asks.
     """
     tried = {}
 
@@ -304,7 +303,7 @@ def find_rate(args, images, targets, net, data, trajectories, functions=None):
     if not math.isfinite(tried[best]):
         raise Problem("--lr_init auto: the matching loss is finite at no rate; do the experts move? Train "
                       "them with a larger --lr, or give a number")
-    if tried[best] >= 1:
+    if tried[best] >= 1 and common.rank() == 0:
         print("warning: --lr_init auto: at no rate does the set bring a student nearer to the experts; "
               "choose a larger --fraction, or fewer --expert_epochs", file=sys.stderr)
     return best, tried
@@ -394,11 +393,12 @@ def k_means(features, count, seed):
 def kmeans_indices(features, size, seed):
     """The image nearest to the mean of each of `size` clusters of the features (N, D): (size,)."""
     clusters, distances = k_means(features, size, seed)
-    if len(clusters.unique()) < size:
-        raise Problem(f"--init kmeans: finds {len(clusters.unique())} clusters of targets that differ, not "
-                      f"{size}; choose a smaller --fraction")
-    order = torch.from_numpy(np.lexsort((distances, clusters)))  # by cluster, the nearest first
-    return order[torch.searchsorted(clusters[order], torch.arange(size))]
+    order = distances.argsort(stable=True)  # the nearest first
+    found, first = np.unique(clusters[order], return_index=True)
+    if len(found) < size:
+        raise Problem(f"--init kmeans: finds {len(found)} clusters of targets that differ, not {size}; "
+                      "choose a smaller --fraction")
+    return order[first]
 
 
 def find_experts(args):
@@ -542,7 +542,7 @@ def distil_mkdt(args, syn, net, data, trajectories, functions, checkpoint_of, lo
         recent = [*recent[-9:], loss.item()]
         progress(it + 1, matching_loss=loss, lr=syn.lr())
         checkpoint.tick(it + 1, last=it + 1 == args.iters)
-    if len(recent) == 10 and statistics.mean(recent) > 2:
+    if len(recent) == 10 and statistics.mean(recent) > 2 and common.rank() == 0:
         print(f"warning: {args.name}: the matching loss ended at {statistics.mean(recent):.3g}; that of a "
               "student that stands still is 1: choose a smaller --lr_img, --clip_grad or --lr_init auto",
               file=sys.stderr)
@@ -557,26 +557,25 @@ def distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log):
     optimizer = torch.optim.AdamW([syn.images, syn.targets], args.lr_img, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, args.decay, args.iters)
     pool = nn.ModuleList(make_net() for _ in range(args.pool_size))
-    inner = [torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-3) for net in pool]
+    inner = torch.optim.SGD(pool.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)  # of one at a time
     steps = torch.zeros(args.pool_size, dtype=torch.int64)  # of each student on the set, in full batches
 
     def begin(k, *key):
         torch.manual_seed(common.seed_of(args.seed, "student", k, *key))
         pool[k].load_state_dict(make_net().state_dict())
-        inner[k].state.clear()
+        for p in pool[k].parameters():
+            inner.state.pop(p, None)
         steps[k] = 0
 
     def train(k, count=1):
         for _ in range(count):
             loss = F.mse_loss(pool[k](syn.images.detach()), syn.targets.detach())
-            inner[k].zero_grad()
+            inner.zero_grad()
             loss.backward()
-            inner[k].step()
+            inner.step()
         steps[k] += count
 
-    students = {f"inner{k}": one for k, one in enumerate(inner)}
-    students |= {"pool": pool, "steps": steps}
-    checkpoint = checkpoint_of(optimizer=optimizer, schedule=schedule, **students)
+    checkpoint = checkpoint_of(optimizer=optimizer, schedule=schedule, inner=inner, pool=pool, steps=steps)
     exact = torch.float32 if args.device.startswith("mps") else torch.float64  # lambda is small
     images = common.place(data.images, args.device)
     if checkpoint.step == 0:  # each student begins at another point of its training

@@ -5,12 +5,12 @@ eq. 9), its head is dropped, and a linear classifier is fitted to its features o
 downstream data set's labelled images (eq. 3). One encoder a seed serves all downstream sets; the labelled
 images of a seed are the same for all sets, and a smaller fraction is part of a larger.
 
-Reads:  OUT/sets/*.pt, OUT/targets.pt (for "full") and the data sets.
+Reads:  OUT/sets/*.pt, OUT/targets.pt (their D; "full") and the data sets.
 Writes: OUT/results.jsonl   a record a cell: {set, pretrain, seed, steps, downstream, fraction, accuracy (null
                             where it failed), ids of set and images, options}; only missing ones are measured
         OUT/NAME.md         the tables, drawn from the records: mean, std, paired difference to BASE
         OUT/NAME.png        the same as a figure, if matplotlib is installed
-        OUT/evaluate.jsonl, and OUT/evaluate_*.checkpoint until an encoder is judged
+        OUT/evaluate.jsonl, and OUT/evaluate_*.checkpoint of encoders until the run ends
 
     python evaluate.py         # none, every set in OUT/sets, full; probed on CIFAR-10. As in Table 1:
     python evaluate.py --downstream cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers --paper table1
@@ -203,8 +203,7 @@ def label_order(n, seed):
 @torch.no_grad()
 def encode(function, images, data, device):
     """function(normalised images) over images (N, C, H, W) uint8, in batches; (N, ...) on the device."""
-    parts = [slice(i, i + 500) for i in range(0, len(images), 500)]
-    return torch.cat([function(common.normalise(common.fetch(images, part, device), data)) for part in parts])
+    return torch.cat([function(common.normalise(part.to(device), data)) for part in images.split(500)])
 
 
 def probe(net, train, test, fractions, args, seed, name):
@@ -362,13 +361,17 @@ def find_rows(folder, asked):
 
 
 def list_cells(args, rows, sets, downstream):
-    """The cells of all tables, a dict of CELL each; one whose set or data set is None will fail."""
+    """{(row, downstream, fraction, steps): cells, a dict of CELL for each of its sets and seeds}.
+
+    A cell whose set or data set is None will fail; of a row whose sets are not there, there is none.
+    """
     ids = {name: common.fingerprint(*part) if part and name != "none" else "none"
            for name, part in sets.items()}
-    return [dict(zip(CELL, (name, ids[name], objective, seed, steps, d, part and part[2], f)))
-            for (_, objective), members in rows.items() for name in members if name in sets
-            for seed in args.seeds for steps in args.probe_at
-            for d, part in downstream.items() for f in args.fractions]
+    return {(row, d, f, steps): [
+                dict(zip(CELL, (name, ids[name], row[1], seed, steps, d, part and part[2], f)))
+                for name in members if name in sets for seed in args.seeds]
+            for row, members in rows.items() for steps in args.probe_at
+            for d, part in downstream.items() for f in args.fractions}
 
 
 def key(record):
@@ -414,26 +417,14 @@ def measure(args, cells, sets, downstream, data, out_dim, options):
     the_set, what = sets[name], f"{name}, seed {seed}: "
     if the_set and any(downstream[cell["downstream"]] for cell in cells):
         net = attempt(make_pretrained, args, cells[0], the_set, data, out_dim, options, what=what)
-    judge, found = probe if args.protocol == "linear" else finetune, {}
+    judge = probe if args.protocol == "linear" else finetune
     for d in dict.fromkeys(cell["downstream"] for cell in cells):
-        fractions = [cell["fraction"] for cell in cells if cell["downstream"] == d]
+        part, accuracies = [cell for cell in cells if cell["downstream"] == d], None
         if net and downstream[d]:
-            found[d] = attempt(judge, net, *downstream[d][:2], fractions, args, seed, d, what=what)
-    for cell in cells:
-        accuracies = found.get(cell["downstream"])
-        yield cell, accuracies and accuracies[cell["fraction"]]
-
-
-def make_table(args, rows, sets, cells, accuracies):
-    """{(row, downstream, fraction, steps): accuracies (sets, seeds), NaN where one failed; None: not run}."""
-    names, table = ("set", "pretrain", "downstream", "fraction", "steps", "seed"), {}
-    found = {tuple(cell[name] for name in names): accuracies.get(key(cell), math.nan) for cell in cells}
-    for row, members in rows.items():
-        for where in itertools.product(args.downstream, args.fractions, args.probe_at):
-            values = [found.get((m, row[1], *where, s), math.nan) for m in members for s in args.seeds]
-            there = any(m in sets for m in members)
-            table[(row, *where)] = np.array(values).reshape(len(members), -1) if there else None
-    return table
+            fractions = [cell["fraction"] for cell in part]
+            accuracies = attempt(judge, net, *downstream[d][:2], fractions, args, seed, d, what=what)
+        for cell in part:
+            yield cell, accuracies and accuracies[cell["fraction"]]
 
 
 # ---- Tables and figure, drawn from the records -------------------------------------------------------------
@@ -503,12 +494,10 @@ def short_names(downstream):
 
 
 def make_tables(table, rows, downstream, budgets, paper):
-    """Markdown, a table a downstream set, a row a (set, objective), columns for each budget, a pair (labelled
-    fraction, steps of pre-training, which are None if --epochs counts): accuracy, mean ± std; difference to
-    the random subset, paired by seed, ± standard error, for both see the same labelled images, whose draw
-    makes most of the std; the paper's figure, if it has one.
+    """Markdown, a table a downstream set: a row a (set, objective); for each budget, a pair (labelled
+    fraction, steps of pre-training, or None by --epochs), accuracy, difference to BASE, the paper's figure.
 
-    rows: find_rows'; table: make_table's; paper: read_paper's.
+    rows: find_rows'; table: accuracies (sets, seeds) or None, as main has them; paper: read_paper's.
     """
     tables, names, compare = [], short_names(downstream), BASE in rows and len(rows) > 1
     seeds = {row: [name.removeprefix(row[0]) for name in members] for row, members in rows.items()}
@@ -624,26 +613,28 @@ def main(args):
     options = {**common.recipe(args, of_cell), "targets_id": made["targets_id"]}
 
     rows = find_rows(args.out_dir / "sets", args.sets)
-    sets = {"none": (None, None, None), "full": (data.images, all_targets, args.lr)}
-    first = common.rank() == 0  # says what all processes find
-    for name in sum(rows.values(), []):
+    no_file = {"none": (None, None, None), "full": (data.images, all_targets, args.lr)}
+    sets, first = {}, common.rank() == 0  # which says what all processes find
+    for name in dict.fromkeys(sum(rows.values(), [])):
         path = args.out_dir / "sets" / f"{name}.pt"
-        loaded = sets.get(name) or attempt(load_set, path, data, out_dim, made, args, says=first)
+        loaded = no_file.get(name) or attempt(load_set, path, data, out_dim, made, args, says=first)
         if path.exists() or loaded:  # or the row is not run
             sets[name] = loaded
     downstream = {d: attempt(load_downstream, d, args, channels, says=first) for d in args.downstream}
-    if not any(downstream.values()) or not any(sets.get(name) for name in sum(rows.values(), [])):
+    if not any(downstream.values()) or not any(sets.values()):
         sys.exit(2)  # nothing can be measured; why is said
     cells = list_cells(args, rows, sets, downstream)
+    every = {key(cell): cell for part in cells.values() for cell in part}  # a set of two rows once
 
-    known, jobs = read_accuracies(results, options), {}
-    for cell in cells:
-        if math.isnan(known.get(key(cell), math.nan)):
-            jobs.setdefault(key(cell)[:5], []).append(cell)  # an encoder's
+    known, jobs = read_accuracies(results, options), {name[:5]: [] for name in every}
+    for name, cell in every.items():
+        if math.isnan(known.get(name, math.nan)):
+            jobs[name[:5]].append(cell)  # an encoder's
+    jobs = [job for job in jobs.values() if job]
     if jobs:
         log.begin()
     common.wait_for_all()
-    mine = list(jobs.values())[common.rank() :: common.world_size()]
+    mine = jobs[common.rank() :: common.world_size()]
     progress = common.Progress("encoder", len(mine))
     for i, part in enumerate(mine):
         for cell, accuracy in measure(args, part, sets, downstream, data, out_dim, options):
@@ -654,10 +645,11 @@ def main(args):
         return
 
     known = read_accuracies(results, options)
-    for cell in cells:
-        if not math.isnan(known.get(key(cell), math.nan)):  # its encoder is judged
+    for name, cell in every.items():
+        if not math.isnan(known.get(name, math.nan)):  # its encoder is judged
             checkpoint_path(args, cell).unlink(missing_ok=True)
-    table = make_table(args, rows, sets, cells, known)
+    table = {where: np.array([known.get(key(cell), math.nan) for cell in part]).reshape(-1, len(args.seeds))
+             if part else None for where, part in cells.items()}  # (sets, seeds), NaN where one failed
     write_tables(args, table, rows, downstream, paper)
     if any(a is None or np.isnan(a).any() for a in table.values()):
         sys.exit(2)

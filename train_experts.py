@@ -8,7 +8,8 @@ Writes: OUT/experts/0000.pt ...   one file an expert,
             {trajectory (E + 1, P) float32: its weights at the start and after each epoch,
              example_loss (N,) float32: each image's loss after the first epoch,
              gradient_variance: of expert 0, at its start and its end (section 4.1)}
-        OUT/train_experts.jsonl, and while an expert is trained OUT/experts/0000.checkpoint
+        OUT/train_experts.jsonl (with --first_expert 50 train_experts_50.jsonl), and while an expert is
+            trained OUT/experts/0000.checkpoint
 
     python train_experts.py                                          # K = 100, the paper's CIFAR-10 setting
     python train_experts.py --first_expert 50 --num_experts 50       # the second half, on another machine
@@ -63,20 +64,17 @@ def parse_args(argv=None):
     return args
 
 
-def make_optimizer(net, args):
-    """The paper's: SGD for KD and labels, Adam for SSL (appendix A.1 and A.2)."""
-    if args.objective in common.SSL:
-        return torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay)
-    return torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-
-
 def train_expert(net, forward, data, images, targets, args, k, checkpoint_of):
     """Train student net in place as expert k (eq. 7); returns (trajectory (E + 1, P), example losses (N,)).
 
     forward is net, or net compiled; images (N, C, H, W) uint8 and targets (N, D) are those of data, an
     ImageSet, on the device or on the host; checkpoint_of(optimizer=..., ...) makes the Checkpoint.
     """
-    n, ssl, optimizer = len(images), args.objective in common.SSL, make_optimizer(net, args)
+    n, ssl = len(images), args.objective in common.SSL
+    if ssl:  # as the paper (appendix A.1 and A.2)
+        optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     smallest = args.batch_size if ssl else 1  # SSL's loss depends on how many there are in a batch
     per_epoch = n // args.batch_size + (n % args.batch_size >= smallest)
     trajectory = common.flatten(net).cpu().repeat(args.epochs + 1, 1)  # (E + 1, P); the rows are filled in
@@ -193,15 +191,12 @@ def main(args):
         )
         variance += [gradient_variance(*of_gradient, "end")] if k == 0 else []
         common.append(log.path, {"expert": k, "loss": loss})
-        common.save(paths[k], {
-            "trajectory": trajectory,
-            "example_loss": example_loss,
-            "gradient_variance": variance,
-            **made,
-            "options": {**made["options"], "train_experts": options},
-        })
+        common.save(paths[k], {"trajectory": trajectory, "example_loss": example_loss,
+                               "gradient_variance": variance, **made,
+                               "options": {**made["options"], "train_experts": options}})
+        paths[k].with_suffix(".checkpoint").unlink(missing_ok=True)
     common.wait_for_all()
-    if common.rank() == 0:
+    if common.rank() == 0:  # what a kill between the two lines above has left
         for path in paths.values():
             path.with_suffix(".checkpoint").unlink(missing_ok=True)
     print(f"{args.out_dir / 'experts'}: experts {experts[0]} to {experts[-1]}, {args.epochs} epochs each")

@@ -55,7 +55,7 @@ def parse_args(argv=None):
     ssl.add_argument("--weight_decay", type=number, default=1e-6, help="of Adam")
     ssl.add_argument("--bt_lambda", type=number, default=8 / 1024, help="lambda (tinyimagenet: 1/1024)")
     ssl.add_argument("--projection_dim", type=positive, default=1024, help="d, the projector's output")
-    ssl.add_argument("--temperature", type=number, default=0.5, help="of SimCLR")
+    ssl.add_argument("--temperature", type=common.at_least(1e-3, float), default=0.5, help="of SimCLR")
     ssl.add_argument("--min_crop", type=number, default=0.08, help="smallest random crop, share of the area")
     net = parser.add_argument_group("teacher f_T and its targets")
     net.add_argument("--width", type=positive, default=64, help="of ResNet-18's first stage; D = 8 width")
@@ -240,8 +240,9 @@ def train(encoder, data, args, now, log, path):
 
     Several processes each take a part of every batch, and the step that one would take with the whole.
     """
-    n, px = len(data.images), data.images.shape[-1]
-    view = {"min_crop": args.min_crop, "flip": data.flip}
+    n, px, size = len(data.images), data.images.shape[-1], args.batch_size
+    first = common.rank() * size // common.world_size()  # of this process's rows
+    view = {"min_crop": args.min_crop, "flip": data.flip, "part_of": (size, first)}
     if px >= 64:  # as in Barlow Twins' recipe for large images
         view |= {"blur": 0.5, "solarize": 0.1}
     projector = make_projector(args.ssl, 8 * args.width, args.projection_dim)
@@ -249,19 +250,15 @@ def train(encoder, data, args, now, log, path):
     forward = common.in_precision(net, args.precision)
     optimizer = torch.optim.Adam(net.parameters(), weight_decay=args.weight_decay)
     images = common.place(data.images, args.device)
-    per_epoch = n // args.batch_size  # the rest is left out: BatchNorm and both losses want full batches
+    per_epoch = n // size  # the rest is left out: BatchNorm and both losses want full batches
     steps, warmup = args.epochs * per_epoch, min(args.warmup_epochs, args.epochs // 10) * per_epoch
-    share = args.batch_size // common.world_size()
-    first = common.rank() * share
-    view["part_of"] = (args.batch_size, first)
     losses = torch.zeros(per_epoch, device=args.device)
     checkpoint = common.Checkpoint(path, args, now, log, net=net, optimizer=optimizer, losses=losses)
-    size = args.batch_size
     batches = common.shuffled(n, size, args.seed, "order", start=checkpoint.step, smallest=size)
     progress = common.Progress("teacher: step", steps, checkpoint.step)
 
     for step in range(checkpoint.step, steps):
-        x = common.fetch(images, next(batches)[first : first + share], args.device)
+        x = common.fetch(images, own_rows(next(batches)), args.device)
         draws = common.generator(args.device, args.seed, "views", step)
         optimizer.param_groups[0]["lr"] = args.lr * cosine_lr(step, steps, warmup)
         loss = ssl_loss(forward, x, draws, data, view, args)

@@ -378,9 +378,10 @@ def test_a_matching_that_ran_off_is_said(copy, run, capsys):
 
 
 CUDA = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 ..."))
+HOST = (lambda loss: loss + torch.empty(2**50).sum(), lambda loss: np.empty(2**50))
 
 
-@pytest.mark.parametrize("how", [lambda loss: loss + torch.empty(2**50).sum(), CUDA])
+@pytest.mark.parametrize("how", [*HOST, CUDA])
 @pytest.mark.parametrize("name", CALLS)
 def test_out_of_memory(name, how, copy, unmade):
     """A real allocation that the host refuses, or as on a GPU: the options to change, and the checkpoint."""

@@ -95,8 +95,8 @@ def test_teacher_files(run_dir):
     encoder.load_state_dict(teacher["encoder"])
     features = evaluate.encode(encoder.eval(), train.images, train, "cpu")
     torch.testing.assert_close(features, targets["targets"])
+    assert not [*run_dir.glob("features*")]
     assert 0 <= log(run_dir / "train_teacher.jsonl")[-1]["probe_accuracy"] <= 100
-    assert not (run_dir / "features.npy").exists()
 
 
 def test_expert_files(run_dir):
@@ -744,6 +744,9 @@ def test_several_sets_of_a_method_are_one_row(copy, capsys):
         for iters in (0, 1):
             run("distill", copy, f"--iters {iters} --init random --seed {seed}")
     shutil.copy(copy / "sets/subset_random.pt", copy / "sets/full_seed1.pt")  # is not one of full data
+    run("evaluate", copy, "--sets mkdt_random_seed1 mkdt_random")  # a set of two rows is measured once
+    measured = [evaluate.key(record) for record in log(copy / "results.jsonl")]
+    assert len(measured) == len(set(measured))
     run("evaluate", copy)
     x, base = (accuracies(copy, *(f"{name}_random{seed}" for seed in ("", "_seed1", "_seed2")))
                for name in ("mkdt", "subset"))
