@@ -696,7 +696,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_run_options(self, precisions=("fp32", "tf32", "bf16"), compile=False):
         run = self.add_argument_group("how to run (of these only --precision counts for the result)")
-        run.add_argument("--device", help="where to run (default: cuda if there is one, else mps or cpu)")
+        run.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
         run.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
         rounding = "tf32: a GPU rounds the factors of products to 10 bits"
         rounding += "; bf16: networks in bfloat16, too" if "bf16" in precisions else ""
@@ -760,12 +760,13 @@ def recipe(args, leave_out=()):
 
 def set_up(args):
     """What every stage does first: device, threads, precision, and meeting torchrun's other processes."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    args.device = args.device or best
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # each process its own
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda = args.device.startswith("cuda")
+    if cuda and world_size() > 1:
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', rank())}"  # each process its own
     try:
+        if cuda:
+            torch.cuda.set_device(torch.device(args.device).index or 0)  # seed_dropout seeds this one
         torch.zeros(1, device=args.device).item()
     except Exception:  # torch raises many kinds
         raise Problem(f"--device {args.device}: does not work here; choose cpu, or another device") from None
@@ -773,8 +774,6 @@ def set_up(args):
         torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     if world_size() > 1 and not torch.distributed.is_initialized():
-        if cuda:
-            torch.cuda.set_device(args.device)
         forever = datetime.timedelta(days=30)  # a process that is done waits for the slowest
         torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=forever)
     if rank() > 0:
@@ -824,7 +823,8 @@ def compiled(function):
             return fast(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
-            raise Problem(f"--compile: needs a C++ compiler ({reason}); give --no-compile") from None
+            wants = "needs a C++ compiler, on a GPU Triton"
+            raise Problem(f"--compile: {wants} ({reason}); give --no-compile") from None
 
     return call
 
@@ -1172,9 +1172,9 @@ def run(main, parse_args):
     except (RuntimeError, MemoryError) as error:
         text = f"{error}".partition("\n")[0]
         hint = "out of memory: choose smaller batches or a smaller --width"
-        if "gloo" in text or "Connection" in text:
+        if re.search("gloo|NCCL|Connection", text):
             hint = "another process ended, or is not reached; its message, or torchrun's report, says why"
-        elif isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", text):
+        elif isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory|ALLOC_FAILED", text):
             raise
         kept = f"; {Checkpoint.under_way.kept()}" if Checkpoint.under_way else ""
         text = f"{hint} ({text}){kept}"

@@ -320,7 +320,8 @@ def kernel_ridge(features, targets, queries, ridge):
     """
     features, queries = F.pad(features, (0, 1), value=1.0), F.pad(queries, (0, 1), value=1.0)
     kernel = features @ features.T
-    penalty = ridge * kernel.trace().detach() * torch.eye(len(kernel)).to(kernel)
+    identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    penalty = ridge * kernel.trace().detach() * identity
     return queries @ features.T @ torch.linalg.solve(kernel + penalty, targets)
 
 
@@ -600,7 +601,7 @@ def distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log):
             raise Problem(f"student {k}: the kernel is singular; choose a larger --ridge") from None
         loss = F.mse_loss(predicted, z.to(exact))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward(inputs=[syn.images, syn.targets])  # not in the student
         optimizer.step()
         schedule.step()
         taken = steps[k].item()

@@ -227,8 +227,10 @@ def padded_crop(images, generator):
     """Each image (B, C, H, W), padded by an eighth, cut at a random place."""
     size, padding = images.shape[-1], images.shape[-1] // 8  # 4 at 32 px
     x = F.pad(images, [padding] * 4)
-    at = torch.randint(2 * padding + 1, (len(x), 2), generator=generator, device=x.device).tolist()
-    return torch.stack([image[:, i : i + size, j : j + size] for image, (i, j) in zip(x, at)])
+    at = torch.randint(2 * padding + 1, (len(x), 2, 1), generator=generator, device=x.device)
+    i, j = (at + torch.arange(size, device=x.device)).unbind(1)  # (B, size) each: the rows, the columns
+    which = torch.arange(len(x), device=x.device).view(-1, 1, 1)
+    return x[which, :, i.unsqueeze(2), j.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 def finetune(net, train, test, fractions, args, seed, name):

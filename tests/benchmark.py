@@ -279,6 +279,7 @@ def begin(args, keep_memory, function, *words, **sizes):
         common.keep_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # as the stages have it
     torch.manual_seed(0)
     STATE.update(run=function(*words, device=args.device, **sizes), device=args.device)
     STATE["before"] = memory(args.device)
