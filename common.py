@@ -1173,7 +1173,7 @@ def run(main, parse_args):
         text = f"{error}".partition("\n")[0]
         hint = "out of memory: choose smaller batches or a smaller --width"
         if re.search("gloo|NCCL|Connection", text):
-            hint = "another process ended, or is not reached; its message, or torchrun's report, says why"
+            hint = "another process ended or cannot be reached; its message or torchrun's report says why"
         elif isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory|ALLOC_FAILED", text):
             raise
         kept = f"; {Checkpoint.under_way.kept()}" if Checkpoint.under_way else ""

@@ -64,7 +64,7 @@ def parse_args(argv=None):
     start = "start of alpha_syn, lr of a plain subset; auto: sought, by the matching loss of fresh students"
     syn.add_argument("--lr_init", type=rate, default=0.1, help=start)
     learn = parser.add_argument_group("learning")
-    lrs = "of pixels (default: 1e3, krr_st, with the targets: 1e-4; at 5 %%: 1e4, tiny: 1e5, krr_st 1e-5)"
+    lrs = "of pixels (default: 1e3, krr_st, with targets: 1e-4; paper at 5 %%: 1e4, tiny: 1e5, krr_st 1e-5)"
     learn.add_argument("--lr_img", type=number, help=lrs)
     learn.add_argument("--lr_lr", type=number, default=1e-4, help="lr of alpha_syn")
     logarithm = "learn log alpha_syn, which --lr_lr is then the lr of (the paper: alpha_syn itself)"

@@ -626,7 +626,7 @@ def main(args):
     if not any(downstream.values()) or not any(sets.values()):
         sys.exit(2)  # nothing can be measured; why is said
     cells = list_cells(args, rows, sets, downstream)
-    every = {key(cell): cell for part in cells.values() for cell in part}  # a set of two rows once
+    every = {key(cell): cell for part in cells.values() for cell in part}  # a set in two rows counts once
 
     known, jobs = read_accuracies(results, options), {name[:5]: [] for name in every}
     for name, cell in every.items():
