@@ -13,6 +13,8 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import errno
+import glob
 import hashlib
 import itertools
 import json
@@ -23,7 +25,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import uuid
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -34,11 +38,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where nothing is locked
-    fcntl = None
 
 # torchvision, scikit-learn and Pillow are imported where they are used: --help need not wait for them.
 
@@ -167,12 +166,15 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
         raise Problem(f"{folder}: has {len(images)} of {wanted} {split} images of {key}; {advice}")
     limit = min(limit or len(images), len(images))
     keep = [i * len(images) // limit for i in range(limit)]
-    images, labels = [images[i] for i in keep], labels and torch.tensor([int(labels[i]) for i in keep])
-    if isinstance(images[0], np.ndarray):
-        images = np.stack([squash(image, size) for image in images])
-    else:
-        images = decode(images, size, Path(data_dir) / "decoded", advice)
-    images = torch.from_numpy(images)
+    images = [np.asarray(images[i]) if torch.is_tensor(images) else images[i] for i in keep]
+    labels = None if labels is None else torch.tensor([int(labels[i]) for i in keep])
+    if labels is not None and labels.min() < 0:
+        raise Problem(f"{name}: has the label {labels.min()}; they count from 0: leave unlabelled images out")
+    arrays = isinstance(images[0], np.ndarray)
+    images = torch.from_numpy(np.stack([squash(image, size) for image in images]) if arrays
+                              else decode(images, size, Path(data_dir) / "decoded", advice))
+    if limit > 1 and all(torch.equal(image, images[0]) for image in images):
+        raise Problem(f"{name}: all {limit} {split} images are the same at {size} px; look at the files")
     if mean is None:
         parts = (part.float() / 255 for part in images.split(200))
         sums = sum(torch.stack([x, x.square()]).sum((1, 3, 4), dtype=torch.float64) for x in parts)
@@ -182,7 +184,7 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
 
 
 def samples(key, split, folder):
-    """The images of a split, N arrays (H, W[, C]) uint8 or N paths, and their labels, a list, or None."""
+    """The images of a split, N arrays (H, W[, C]) uint8 or N paths, and their labels (N,), or None."""
     train = split == "train"
     if key == "digits":  # in the order of its writers, so that the test digits are by other hands
         from sklearn.datasets import load_digits
@@ -279,20 +281,25 @@ def image_folder(split, folder):
 def find_images(folder):
     """The paths of the image files at any depth below a folder, in order; says how many others there are.
 
-    Hidden files and folders are passed over. Links are followed, but not to a folder from which the link was
-    reached. Raises Problem if there is no image.
+    Hidden files and folders are passed over. Links are followed, but not to a folder that the given one is
+    in, and within a folder of it (a class) each is walked once. Raises Problem if there is no image.
     """
     images, others, hidden = [], [], 0
+    above = {os.path.realpath(parent) for parent in (folder, *folder.absolute().parents)}
+    walked = set()
 
-    def leads_back(path):
-        return os.path.realpath(path) in map(os.path.realpath, Path(path).absolute().parents)
+    def is_new(path):
+        where = os.path.relpath(path, folder).split(os.sep)[0], os.path.realpath(path)
+        new = where not in walked and where[1] not in above
+        walked.add(where)
+        return new
 
     def fail(error):
         raise Problem(f"{error.filename}: {error.strerror}; give another folder, or change its permissions")
 
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         hidden += sum(name[0] == "." for name in folders + names)
-        folders[:] = [n for n in sorted(folders) if n[0] != "." and not leads_back(os.path.join(root, n))]
+        folders[:] = [n for n in sorted(folders) if n[0] != "." and is_new(os.path.join(root, n))]
         for path in (os.path.join(root, name) for name in sorted(names) if name[0] != "."):
             (images if path.lower().endswith(ENDINGS) else others).append(path)
     found = " ".join(sorted({os.path.splitext(path)[1] or "none" for path in others})[:9]) or "no files"
@@ -304,22 +311,40 @@ def find_images(folder):
     return images
 
 
+# Pillow's transposition that turns an image upright, by its orientation in EXIF.
+UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+
+
 def read_image(path):
-    """An image file of any mode as a PIL image, 8 bits RGB, upright; raises Problem, or as Pillow does."""
-    from PIL import Image, ImageOps
+    """An image file of any mode as a PIL image, 8 bits RGB, upright, transparency laid over white.
+
+    Raises Problem, or as Pillow does.
+    """
+    from PIL import Image
 
     if not os.path.isfile(path):
         raise Problem("not a file")
     with open(path, "rb") as file, Image.open(file) as image:
-        image = ImageOps.exif_transpose(image)
+        image.load()  # which turns a TIFF upright
+        if image.mode == "F" or 32 in getattr(image, "tag_v2", {}).get(258, ()):  # bits of a TIFF's samples
+            raise Problem("floating-point pixels, or integers of 32 bits: of unknown range")
+        with contextlib.suppress(Exception):  # no orientation, or no sound one; other tags are not looked at
+            image = image.transpose(UPRIGHT[image.getexif()[274]])
         if image.mode.startswith("I"):  # 16 bits; convert would make all above 255 white
             values = np.asarray(image).clip(0, 2**16 - 1) // 256
             return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-        if image.mode == "F":
-            raise Problem("floating-point pixels, of unknown range")
-        if "transparency" in image.info:  # of a palette, which convert would warn of
+        if "transparency" in image.info or "A" in image.getbands():
             image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def reason(error):
+    """Why an image file was not read, in a few words."""
+    if pixels := re.match(r"Image size \((\d+) pixels\) exceeds limit of (\d+)", f"{error}"):
+        return f"{pixels[1]} pixels, more than {pixels[2]}"
+    text = "a text in it is longer than Pillow reads" if "MAX_TEXT" in f"{error}" else "cut off, or no image"
+    return f"{error}" if isinstance(error, Problem) else getattr(error, "strerror", None) or text
 
 
 def squash(image, size):
@@ -349,16 +374,16 @@ def decode(paths, size, folder, advice):
     def read(path):
         try:
             return squash(read_image(path), size).tobytes()
-        except Problem as problem:
-            broken.append(f"{path} ({problem})")
         except Exception as error:  # Pillow raises many kinds
-            broken.append(f"{path} ({getattr(error, 'strerror', None) or 'cut off, or no image'})")
+            broken.append(f"{path} ({reason(error)})")
         return b""
 
     broken, progress = [], Progress("decoding image", len(paths))
-    with one_at_a_time(folder):
-        with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or cut off
-            return np.load(target, mmap_mode="c")
+    with contextlib.ExitStack() as stack:
+        for first in (True, False):  # the second time for what another process has made meanwhile
+            with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or cut off
+                return np.load(target, mmap_mode="c")
+            stack.enter_context(one_at_a_time(folder) if first else contextlib.nullcontext())
         with replacing(target) as temporary, ThreadPoolExecutor() as pool, open(temporary, "wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), 3, size, size)}
             np.lib.format.write_array_header_1_0(file, header)
@@ -386,29 +411,26 @@ def denormalise(images, data):
 # ---- Networks ---------------------------------------------------------------------------------------------
 
 
-def default_depth(image_size):
-    """The paper's depth of the ConvNet: 3 at 32 px, 4 at 64 px (a last map of 4 x 4); never less than 2."""
-    return max(2, round(math.log2(image_size / 4)))
-
-
 def make_student(out_dim, image_size, channels, width=128, depth=None):
     """A fresh student f_S for images of image_size px: the network of experts, distillation and evaluation.
 
     One of your own goes here: a module with forward(x) -> (B, out_dim) and features(x) -> (B, F), without
     running statistics (BatchNorm). It is made with the global generator, which the caller has seeded.
     """
-    return ConvNet(out_dim, image_size, channels, width, depth or default_depth(image_size))
+    return ConvNet(out_dim, image_size, channels, width, depth)
 
 
 class ConvNet(nn.Module):
     """The paper's student: depth x [3x3 convolution, instance norm, ReLU, 2x2 average pooling], then a head.
 
     Instance norm is GroupNorm with a group a channel: no running statistics, so the parameters are the whole
-    network, P = 1,348,608 with out_dim 512 at 32 px. features(x) is what the probe sees (appendix A).
+    network, P = 1,348,608 with out_dim 512 at 32 px. features(x) is what the probe sees (appendix A). The
+    depth is 3 at 32 px and 4 at 64 px, for a last map of 4 x 4; never less than 2.
     """
 
-    def __init__(self, out_dim, image_size=32, channels=3, width=128, depth=3):
+    def __init__(self, out_dim, image_size=32, channels=3, width=128, depth=None):
         super().__init__()
+        depth = depth or max(2, round(math.log2(image_size / 4)))
         if depth > math.log2(image_size):
             raise Problem(f"--depth {depth} halves images of {image_size} px to nothing; choose less")
         blocks = []
@@ -463,9 +485,9 @@ class ResNet(nn.Sequential):
 
 def layout(width):
     """The memory format for networks of this width: channels_last is a seventh faster on a CPU."""
-    # oneDNN of torch 2.14.1 corrupts memory on processors with AVX2 and no AVX-512, in the backward pass of a
-    # strided 1x1 convolution of 4 channels in channels_last; with 8 it does not.
-    return torch.channels_last if width >= 8 else torch.contiguous_format
+    # oneDNN of torch 2.14.1 corrupts memory in the backward pass of narrow ResNets in channels_last, with
+    # AVX2 below 8 channels, with AVX-512 below 16 (tests/test_layout.py); 32 leaves room.
+    return torch.channels_last if width >= 32 else torch.contiguous_format
 
 
 def flatten(net):
@@ -658,6 +680,8 @@ def linear_probe(features, labels, num_classes, weight_decay=1e-3, iterations=10
         optimizer.zero_grad()
         loss = F.cross_entropy(x @ weight.T + bias, labels) + weight_decay * weight.square().sum()
         loss.backward()
+        if not (loss.detach() + weight.grad.square().sum()).isfinite():
+            raise Problem("the linear probe diverges: the features are not finite, or huge")
         return loss
 
     allowed = torch.backends.cuda.matmul.allow_tf32
@@ -671,7 +695,10 @@ def probe_accuracy(train_features, train_labels, test_features, test_labels):
     """Test accuracy in percent of the linear probe fitted to the training features."""
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     weight, bias = linear_probe(train_features, train_labels, num_classes)
-    return 100 * ((test_features @ weight.T + bias).argmax(1) == test_labels).float().mean().item()
+    scores = test_features @ weight.T + bias
+    if not scores.isfinite().all():
+        raise Problem("the linear probe is not finite: the features are not, or they are huge")
+    return 100 * (scores.argmax(1) == test_labels).float().mean().item()
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
@@ -681,11 +708,12 @@ class Parser(argparse.ArgumentParser):
     """A stage's command line: --help shows the docstring as it is, a wrong option is a Problem."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=HelpFormatter)
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
         data = self.add_argument_group("data and files")
         data.add_argument("--dataset", default="cifar10", help="D_real: " + DATASET_HELP)
         data.add_argument("--data_dir", default="data", help="of downloads and of decoded images")
-        data.add_argument("--image_size", type=positive, help="pixels (default: the data set's; folders: 32)")
+        pixels = "pixels (default: the data set's; folders: 32)"
+        data.add_argument("--image_size", type=at_least(1, int, 4096), help=pixels)
         data.add_argument("--limit", type=positive, help="use so many images of each split, evenly spaced")
         data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
 
@@ -703,8 +731,6 @@ class Parser(argparse.ArgumentParser):
         run.add_argument("--precision", choices=precisions, default="fp32", help=rounding)
         often = "from one checkpoint to the next, from which the same command goes on; 0: after each step"
         run.add_argument("--checkpoint_minutes", type=at_least(0, float, 1e6), default=5.0, help=often)
-        anew = "begin anew in spite of a checkpoint; what is finished stays"
-        run.add_argument("--restart", action="store_true", help=anew)
         if compile:
             fused = "torch.compile a student's step (SSL: of experts only): faster, after a minute or two"
             run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=fused)
@@ -724,8 +750,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         silent = any(action.default is none for none in (None, False, argparse.SUPPRESS))
-        silent = silent or "default" in action.help
-        return action.help if silent else action.help + " (default: %(default)s)"
+        return action.help + ("" if silent or "default" in action.help else " (default: %(default)s)")
 
 
 def at_least(low, kind=int, high=2**31 - 1):
@@ -750,7 +775,7 @@ def recipe(args, leave_out=()):
     Of imagefolder:DIR the folder is left out: images are known by their images_id, wherever they are.
     """
     free = {"data_dir", "out_dir", "name", "device", "threads", "compile", "num_experts",
-            "first_expert", "checkpoint_minutes", "restart", *leave_out}
+            "first_expert", "checkpoint_minutes", *leave_out}
     made = {name: value for name, value in vars(args).items() if name not in free}
     return {**made, "dataset": args.dataset.partition(":")[0]}
 
@@ -770,24 +795,46 @@ def set_up(args):
         torch.zeros(1, device=args.device).item()
     except Exception:  # torch raises many kinds
         raise Problem(f"--device {args.device}: does not work here; choose cpu, or another device") from None
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    variables = [f"{name}={os.environ[name]}" for name in TORCHRUN if name in os.environ]
+    if variables and not torchrun():
+        print(f"passed over {' '.join(variables)}, not set as by torchrun: works alone", flush=True)
     if world_size() > 1 and not torch.distributed.is_initialized():
-        forever = datetime.timedelta(days=30)  # a process that is done waits for the slowest
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=forever)
+        more = f"{world_size() - 1} more process{'es' * (world_size() > 2)} ({' '.join(variables)})"
+        waiting = threading.Timer(3, print, [f"waiting for {more}"], {"flush": True})
+        waiting.start()
+        patience, forever = datetime.timedelta(minutes=MEET_MINUTES), datetime.timedelta(days=30)
+        with on_signals(signal.SIG_DFL):  # Python hears of none while it waits in C++
+            store = next(torch.distributed.rendezvous("env://", timeout=patience))[0]
+            torch.distributed.init_process_group(  # who is done waits for the slowest
+                "nccl" if cuda else "gloo", store=store, rank=rank(), world_size=world_size(),
+                timeout=forever, device_id=torch.device(args.device) if cuda else None)
+        waiting.cancel()
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first process speaks for all
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MEET_MINUTES = 5
+
+
+def torchrun():
+    """(this process's number, how many there are) if torchrun has started it, by its variables; else None."""
+    with contextlib.suppress(KeyError, ValueError):
+        number, count, port = (int(os.environ[name]) for name in TORCHRUN if name != "MASTER_ADDR")
+        if 0 <= number < count and 0 < port < 2**16 and os.environ["MASTER_ADDR"]:
+            return number, count
+
+
 def rank():
     """This process's number among those that torchrun started, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return (torchrun() or (0, 1))[0]
 
 
 def world_size():
     """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return (torchrun() or (0, 1))[1]
 
 
 def wait_for_all():
@@ -822,9 +869,12 @@ def compiled(function):
         try:
             return fast(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            wants = "needs a C++ compiler, on a GPU Triton"
-            raise Problem(f"--compile: {wants} ({reason}); give --no-compile") from None
+            reason, cache = str(error).strip().splitlines()[0], os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+            if re.search("No working C|a working triton", f"{error}"):
+                reason = f"needs a C++ compiler, on a GPU Triton ({reason})"
+            elif " " in cache:
+                reason += f"; {cache} has a space in its name: choose another TORCHINDUCTOR_CACHE_DIR"
+            raise Problem(f"--compile: {reason}; or give --no-compile") from None
 
     return call
 
@@ -856,11 +906,6 @@ def fingerprint(*tensors):
     return digest.hexdigest()[:16]
 
 
-def images_id(images):
-    """The fingerprint of images (N, C, H, W), from at most some 1,000 of them and their number."""
-    return fingerprint(torch.tensor(len(images)), images[:: max(1, len(images) // 1000)])
-
-
 @contextlib.contextmanager
 def writing(path):
     """Within, an error of the disk is a Problem that names path, whose folder is made if need be."""
@@ -872,12 +917,30 @@ def writing(path):
                       "another --out_dir or --data_dir") from None
 
 
+def lock(file):
+    """Lock an open file until it is closed: True; False if another process has it; None: no locks here."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except (OSError, ImportError):
+        return None
+
+
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a temporary path, whose file takes the place of path in the end: whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    """Yields a temporary path of one's own, whose file takes the place of path in the end, whole."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     with writing(path), contextlib.ExitStack() as stack:
-        temporary.unlink(missing_ok=True)  # a killed run may have left it
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+            with contextlib.suppress(OSError), open(left, "ab") as file:
+                if lock(file):  # a killed run has left it
+                    left.unlink()
+        if os.name == "posix":
+            lock(stack.enter_context(open(temporary, "xb")))
         stack.callback(temporary.unlink, missing_ok=True)
         yield temporary
         if temporary.exists():
@@ -888,13 +951,15 @@ def replacing(path):
 
 @contextlib.contextmanager
 def one_at_a_time(folder):
-    """Processes pass here one after another; not where the folder is read-only, with all in it."""
+    """Processes pass here one after another, where there are locks, unless the folder is read-only."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(folder / ".lock", "a"))
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+            if lock(file) is False:
+                print(f"{folder}: waiting for another process that makes something there", flush=True)
+                while lock(file) is False:
+                    time.sleep(0.1)
         yield
 
 
@@ -942,24 +1007,31 @@ def load(path, keys, made_by, mmap=False):
     if not path.is_file():
         raise Problem(f"{path}: {'is not a file' if path.exists() else 'not found'}; make it with {made_by}")
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("it is damaged")  # torch itself does not look at the checksums
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with open(path, "rb") as file:
+            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+                raise ValueError("it is damaged")  # torch itself does not look at the checksums
+            file.seek(0)
+            mmap = mmap and os.path.exists("/dev/fd")
+            source = f"/dev/fd/{file.fileno()}" if mmap else file  # torch takes no name that is not UTF-8
+            contents = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         contents = {key: v.detach() if torch.is_tensor(v) else v for key, v in contents.items()}
         json.dumps({name: {**made} for name, made in contents.get("options", {}).items()})  # plain values
         for key, ndim in keys.items():
             value = contents[key]
             if ndim == 0 and not (type(value) in (int, float) and 0 < value <= 1e12):
                 raise ValueError(f"its {key!r} is no number above 0, of 1e12 at most")
-            if ndim and not ((value.dtype, value.ndim) == (torch.float32, ndim)
+            found = f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+            if ndim and not (torch.is_tensor(value) and (value.dtype, value.ndim) == (torch.float32, ndim)
                              and all(part.isfinite().all() for part in value.split(10_000))):
-                raise ValueError(f"its {key!r} is not a finite float32 tensor of {ndim} dimensions")
+                raise ValueError(f"its {key!r}, {found}, is no finite float32 tensor of {ndim} dimensions")
     except PermissionError:
         raise
     except Exception as error:  # torch raises many kinds
         reasons = {KeyError: f"it has no {error}", ValueError: f"{error}"}
-        reason = reasons.get(type(error), "it is damaged, or no dict of tensors and plain values")
-        raise Problem(f"{path}: {reason}; move it away, and make it again with {made_by}") from None
+        other = re.search(r"GLOBAL (\S+) was not", f"{error}")  # of the kind of what it holds
+        other = f"holds {other[1]}, and so" if other else "is damaged, or"
+        reason = reasons.get(type(error), f"it {other} no dict of tensors and plain values")
+        raise Problem(f"{path}: {reason}; put it right, or move it away and make it with {made_by}") from None
     return contents
 
 
@@ -977,7 +1049,7 @@ def load_targets(args, objective="kd"):
         made_by = f"train_teacher.py --dataset {args.dataset} --out_dir {args.out_dir}"
         contents = load(path, {"targets": 2}, made_by, mmap=True)
     train = load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
-    n, here = len(train.images), images_id(train.images)
+    n, here = len(train.images), fingerprint(train.images)
     targets = contents.get("targets", torch.zeros(n, 0))
     if objective == "supervised":
         if train.labels is None or train.labels.max() == 0:
@@ -996,7 +1068,8 @@ def check_same(path, contents, stage, now, advice="move it away, or choose anoth
 
     now: {option or id: value}. What one does not name is no difference: a fork's file may say nothing.
     """
-    then = {**contents, **contents.get("options", {}).get(stage, {})}
+    ids = {name: value for name, value in contents.items() if name.endswith("_id")}
+    then = {**ids, **contents.get("options", {}).get(stage, {})}
     for name in (name for name in now if name in then):
         if then[name] != now[name] and name.endswith("_id"):
             raise Problem(f"{path}: was made from other {name[:-3]} than those there now; {advice}")
@@ -1005,7 +1078,7 @@ def check_same(path, contents, stage, now, advice="move it away, or choose anoth
 
 
 def is_done(path, made_by, keys):
-    """Whether path is there, with these keys (see load); raises Problem if it was made with other options.
+    """The contents of path if it is there, with these keys (see load); Problem if made with other options.
 
     made_by: {stage: what check_same compares}, the file's own stage first. A file that exists is a piece of
     work done: so a stage that is started again goes on where it stopped.
@@ -1014,7 +1087,7 @@ def is_done(path, made_by, keys):
         contents = load(path, keys, f"{next(iter(made_by))}.py", mmap=True)
         for stage, now in made_by.items():
             check_same(path, contents, stage, now)
-    return path.exists()
+        return contents
 
 
 class Log:
@@ -1029,13 +1102,8 @@ class Log:
         if rank() == 0:
             with writing(path):
                 self.file = open(path, "ab")  # and so locked, until the run ends
-            try:
-                if fcntl:
-                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Problem(f"{path}: another run is at work; wait, or choose another --out_dir") from None
-            except OSError:
-                pass  # a file system without locks
+            if lock(self.file) is False:
+                raise Problem(f"{path}: another run is at work; wait, or choose another --out_dir")
 
     def begin(self, step=0):
         """Write the record of a start."""
@@ -1060,14 +1128,14 @@ class Checkpoint:
 
     Args:
         path: of the file, which is replaced as a whole; the stage removes it when its result is written.
-        args: the stage's, with checkpoint_minutes and restart.
+        args: the stage's, with checkpoint_minutes.
         now: what the state depends on, {option or id: value}.
         log: the run's Log, which begins here, cut back to where the file was written; None: the work is this
             process's own. Else the first of several processes writes for all.
         parts: whatever has a state_dict (modules, optimizers), and tensors, which are filled in place.
 
     After it, step says how many steps are done. What is drawn at random follows from seed and step. Raises
-    Problem if the file is of a run with other options, unless --restart is given.
+    Problem if the file is of a run with other options.
     """
 
     under_way = None  # the one that ticks: a signal then waits for the end of the step
@@ -1076,9 +1144,9 @@ class Checkpoint:
         self.path, self.now, self.log, self.parts = path, now, log, parts
         self.step, self.saved, self.minutes = 0, time.monotonic(), args.checkpoint_minutes
         self.writes = log is None or rank() == 0
-        if path.exists() and not args.restart:
-            state = load(path, dict.fromkeys(("step", "log_size", *parts)), "--restart")
-            check_same(path, state, "now", now, "give what it was begun with, or begin anew with --restart")
+        if path.exists():
+            state = load(path, dict.fromkeys(("step", "log_size", *parts)), "the same command")
+            check_same(path, state, "now", now, "give what it was begun with, or remove it to begin anew")
             try:
                 for name, part in parts.items():
                     part.copy_(state[name]) if torch.is_tensor(part) else part.load_state_dict(state[name])
@@ -1086,7 +1154,7 @@ class Checkpoint:
                 if log and self.writes and log.path.stat().st_size > state["log_size"]:
                     os.truncate(log.path, state["log_size"])  # what came after it will be written again
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
-                raise Problem(f"{path}: does not fit this run; begin anew with --restart") from None
+                raise Problem(f"{path}: does not fit this run; remove it to begin anew") from None
             print(f"going on from {path}, step {self.step}", flush=True)
         if log:
             log.begin(self.step)
@@ -1129,7 +1197,11 @@ class Progress:
         texts = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in values.items()}
         shown = "".join(f"{name.replace('_', ' ')} {text}, " for name, text in texts.items())
         left = spent / max(done - self.before, 1) * (self.total - done)
-        print(f"{self.what} {done}/{self.total}: {shown}{spent:.0f} s, {left:.0f} s left", flush=True)
+        try:
+            print(f"{self.what} {done}/{self.total}: {shown}{spent:.0f} s, {left:.0f} s left", flush=True)
+        except OSError as error:  # the reader of a pipe has ended, or the disk of a log is full
+            stop.why = f"{error.strerror} of standard output"
+            stop(signal.SIGPIPE, frame=True)
 
 
 def stop(number, frame=None):
@@ -1139,11 +1211,12 @@ def stop(number, frame=None):
         stop.signal, stop.at = stop.signal or number, stop.at or time.monotonic()
         return
     with contextlib.suppress(OSError, RuntimeError):  # what it is piped to may be gone, or be in use just now
-        print(f"stopped by {signal.Signals(number).name}: the same command goes on", file=sys.stderr)
+        why = stop.why or signal.Signals(number).name
+        print(f"stopped by {why}: the same command goes on", file=sys.stderr, flush=True)
     os._exit(128 + number)  # no traceback; all files are whole at any time
 
 
-stop.signal, stop.at = None, 0.0
+stop.signal, stop.at, stop.why = None, 0.0, None
 
 
 def keep_memory():
@@ -1153,27 +1226,42 @@ def keep_memory():
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink it
 
 
+@contextlib.contextmanager
+def on_signals(handler):
+    """Within, SIGTERM and Ctrl-C are handled so."""
+    before = [(number, signal.signal(number, handler)) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+@on_signals(stop)
 def run(main, parse_args):
     """main(parse_args()), for the command line: a Problem ends in one line on stderr and exit status 2."""
     keep_memory()
     warnings.filterwarnings("ignore", module=r"(PIL|sklearn)\.")  # what is wrong is said in a line
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to stop
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  it may be closed
+    with contextlib.suppress(AttributeError):  # of a notebook
+        sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to stop
     try:
         main(parse_args())
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        sys.stdout.flush()
         return
     except Problem as error:
         text = f"{error}"
     except OSError as error:
-        text = f"{error.filename or 'a file'}: {error.strerror or error}"
+        unheard = error.errno in (errno.EPIPE, errno.ENOSPC)
+        text = f"{error.filename or ('standard output' if unheard else 'a file')}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:
         text = f"{error}".partition("\n")[0]
         hint = "out of memory: choose smaller batches or a smaller --width"
-        if re.search("gloo|NCCL|Connection", text):
-            hint = "another process ended or cannot be reached; its message or torchrun's report says why"
+        if re.search("gloo|NCCL|Connection|client", text):
+            hint = "another process ended or cannot be reached; its message or torchrun's report says why; "
+            hint += "without torchrun unset " + ", ".join(TORCHRUN)
         elif isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory|ALLOC_FAILED", text):
             raise
         kept = f"; {Checkpoint.under_way.kept()}" if Checkpoint.under_way else ""
@@ -1181,5 +1269,10 @@ def run(main, parse_args):
     Checkpoint.under_way = None  # a signal ends the process at once
     if rank() > 0:
         time.sleep(30)  # what all processes find the first one says, and torchrun ends the others meanwhile
-    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try once more at its end, and say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(2)

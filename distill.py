@@ -7,7 +7,7 @@ set, and should arrive where the expert was after M more epochs on the real data
 Experts of another objective (train_experts.py --objective) are matched by students with the same, which their
 files name: MTT on labels, or naively on SSL (section 4.1).
 
-Baselines: a plain subset (random, high-loss, SAS or k-means: --iters 0), and KRR-ST (--method krr_st), which
+Baselines: a plain subset (random, high-loss or SAS: --iters 0), and KRR-ST (--method krr_st), which
 learns images and targets by kernel ridge regression on the features of students that train on them.
 
 Reads:  OUT/targets.pt, OUT/experts/*.pt (MKDT, high-loss subset, --lr_init auto) and the data set.
@@ -28,9 +28,7 @@ import itertools
 import math
 import re
 import statistics
-import sys
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -42,12 +40,7 @@ RECIPES = {  # defaults that depend on the method
     "mkdt": dict(init="high_loss", iters=5000, lr_img=1e3, decay=1.0),
     "krr_st": dict(init="random", iters=160_000, lr_img=1e-4, decay=1e-3),
 }
-INITS = ["high_loss", "random", "sas", "kmeans"]
-
-
-def rate(text):
-    """The type of --lr_init: a number above 0, or auto."""
-    return text if text == "auto" else common.at_least(1e-12, float, 1e12)(text)
+INITS = ["high_loss", "random", "sas"]
 
 
 def parse_args(argv=None):
@@ -62,7 +55,8 @@ def parse_args(argv=None):
     syn.add_argument("--num_latent_classes", type=positive, help="SAS: of k-means (default: the data set's)")
     syn.add_argument("--iters", type=natural, help="S (default: 5000, krr_st 160000); 0: the plain subset")
     start = "start of alpha_syn, lr of a plain subset; auto: sought, by the matching loss of fresh students"
-    syn.add_argument("--lr_init", type=rate, default=0.1, help=start)
+    rate = common.at_least(1e-12, float, 1e12)
+    syn.add_argument("--lr_init", type=lambda t: t if t == "auto" else rate(t), default=0.1, help=start)
     learn = parser.add_argument_group("learning")
     lrs = "of pixels (default: 1e3, krr_st, with targets: 1e-4; paper at 5 %%: 1e4, tiny: 1e5, krr_st 1e-5)"
     learn.add_argument("--lr_img", type=number, help=lrs)
@@ -303,9 +297,6 @@ def find_rate(args, images, targets, net, data, trajectories, functions=None):
     if not math.isfinite(tried[best]):
         raise Problem("--lr_init auto: the matching loss is finite at no rate; do the experts move? Train "
                       "them with a larger --lr, or give a number")
-    if tried[best] >= 1 and common.rank() == 0:
-        print("warning: --lr_init auto: at no rate does the set bring a student nearer to the experts; "
-              "choose a larger --fraction, or fewer --expert_epochs", file=sys.stderr)
     return best, tried
 
 
@@ -373,33 +364,12 @@ def find_latent_classes(args, features, labels):
 
     Of the labels (or None) only the number of classes is used, without --num_latent_classes.
     """
-    if labels is None and not args.num_latent_classes:
-        raise Problem(f"--init sas: {args.dataset} has no labels that would say how many classes; give "
-                      "--num_latent_classes")
-    count = args.num_latent_classes or len(labels.unique())
-    if count > len(features):
-        raise Problem(f"--num_latent_classes {count}: there are {len(features)} images; choose fewer")
-    return k_means(features, count, args.seed)[0]
-
-
-def k_means(features, count, seed):
-    """(cluster (N,) int64, squared distance to its mean (N,)) of features (N, D)."""
     from sklearn.cluster import KMeans
 
-    found = KMeans(count, n_init=1, random_state=seed).fit(features)
-    labels = torch.from_numpy(found.labels_).long()
-    return labels, (features - torch.from_numpy(found.cluster_centers_)[labels]).square().sum(1)
-
-
-def kmeans_indices(features, size, seed):
-    """The image nearest to the mean of each of `size` clusters of the features (N, D): (size,)."""
-    clusters, distances = k_means(features, size, seed)
-    order = distances.argsort(stable=True)  # the nearest first
-    found, first = np.unique(clusters[order], return_index=True)
-    if len(found) < size:
-        raise Problem(f"--init kmeans: finds {len(found)} clusters of targets that differ, not {size}; "
-                      "choose a smaller --fraction")
-    return order[first]
+    count = args.num_latent_classes or (0 if labels is None else len(labels.unique()))
+    if not 0 < count <= len(features):
+        raise Problem(f"--init sas: --num_latent_classes {count}, of {len(features)} images; give another")
+    return torch.from_numpy(KMeans(count, n_init=1, random_state=args.seed).fit(features).labels_).long()
 
 
 def find_experts(args):
@@ -463,8 +433,6 @@ def start_indices(args, data, all_targets, example_losses):
         return high_loss_indices(example_losses, size)
     if args.init == "sas":
         return sas_indices(all_targets, find_latent_classes(args, all_targets, data.labels), size)
-    if args.init == "kmeans":
-        return kmeans_indices(all_targets, size, args.seed)
     return torch.randperm(n, generator=common.generator("cpu", args.seed, "subset"))[:size]
 
 
@@ -520,7 +488,6 @@ def distil_mkdt(args, syn, net, data, trajectories, functions, checkpoint_of, lo
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, args.decay, args.iters)
     checkpoint = checkpoint_of(optimizer=optimizer, schedule=schedule)
     progress = common.Progress(f"{args.name}: iteration", args.iters, checkpoint.step)
-    recent = []
 
     for it in range(checkpoint.step, args.iters):
         key = (it, common.rank())  # each process matches an expert of its own
@@ -540,13 +507,8 @@ def distil_mkdt(args, syn, net, data, trajectories, functions, checkpoint_of, lo
         syn.rate.data.clamp_(min=syn.least)
 
         record(args, log, checkpoint, syn, it, norm, matching_loss=loss.item(), **drawn)
-        recent = [*recent[-9:], loss.item()]
         progress(it + 1, matching_loss=loss, lr=syn.lr())
         checkpoint.tick(it + 1, last=it + 1 == args.iters)
-    if len(recent) == 10 and statistics.mean(recent) > 2 and common.rank() == 0:
-        print(f"warning: {args.name}: the matching loss ended at {statistics.mean(recent):.3g}; that of a "
-              "student that stands still is 1: choose a smaller --lr_img, --clip_grad or --lr_init auto",
-              file=sys.stderr)
 
 
 def distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log):
@@ -639,11 +601,6 @@ def main(args):
     unfinished = folder / f"{args.name}.checkpoint"
     now = {**options, "images_id": made["images_id"], "targets_id": made["targets_id"]}
     log = common.Log(args.out_dir / f"distill_{args.name}.jsonl", args)
-    made_by = {"distill": now, "train_experts": of_experts}
-    if common.is_done(path, made_by, {"images": 4, "targets": 2, "lr": 0}):
-        unfinished.unlink(missing_ok=True)  # of a run that was killed just before its end
-        print(f"{path} is there: nothing to do")
-        return
 
     def make_net():
         out = of_experts.get("out_dim") or all_targets.shape[1]
@@ -651,6 +608,12 @@ def main(args):
 
     net = make_net()
     trajectories, example_losses, made["options"] = load_experts(paths, n, common.flatten(net).numel(), made)
+    ids = {"experts_id": common.fingerprint(*(t[-1] for t in trajectories))} if paths else {}
+    made_by = {"distill": now, "train_experts": of_experts, "": ids}
+    if common.is_done(path, made_by, {"images": 4, "targets": 2, "lr": 0}):
+        unfinished.unlink(missing_ok=True)  # of a run that was killed just before its end
+        print(f"{path} is there: nothing to do")
+        return
     epochs, needed = len(trajectories[0]) - 1 if paths else 0, args.max_start_epoch - 1 + args.expert_epochs
     if follows and epochs < needed:
         raise Problem(f"--max_start_epoch {args.max_start_epoch}, --expert_epochs {args.expert_epochs}: read "
@@ -659,12 +622,12 @@ def main(args):
     images = common.normalise(data.images[indices], data).to(args.device)
     targets, lr, tried = all_targets[indices].to(args.device), args.lr_init, {}
     functions = compiled_functions(args, net, data) if follows else None
-    if lr == "auto":
-        lr = 0.1  # if there is a checkpoint, which has the rate
-        if args.restart or not unfinished.exists():
-            lr, tried = find_rate(args, images, targets, net, data, trajectories, functions)
+    if lr == "auto" and unfinished.exists():
+        lr = 0.1  # the checkpoint has the rate
+    elif lr == "auto":
+        lr, tried = find_rate(args, images, targets, net, data, trajectories, functions)
     syn = SyntheticSet(images, targets, lr, args.log_lr and args.iters > 0)
-    now |= {"experts": len(paths), "experts_id": common.fingerprint(*(t[-1] for t in trajectories))}
+    now |= {"experts": len(paths), **ids}
 
     def checkpoint_of(**parts):
         checkpoint = common.Checkpoint(unfinished, args, now, log, syn=syn, indices=indices, **parts)
@@ -680,7 +643,7 @@ def main(args):
         checkpoint_of()  # begins the log
     if common.rank() == 0:
         made["options"] = {**made["options"], "distill": options}
-        save_set(path, syn, indices, data, made)
+        save_set(path, syn, indices, data, {**made, **ids})
         unfinished.unlink(missing_ok=True)
 
 

@@ -45,14 +45,12 @@ ROWS = {  # names of the table's rows, in its order; other sets follow under the
     "subset_random": "random subset",
     "subset_sas": "SAS subset",
     "subset_high_loss": "high-loss subset",
-    "subset_kmeans": "k-means subset",
     "krr_st_random": "KRR-ST",
     "mkdt_random": "MKDT (random init)",
     "mkdt_high_loss": "MKDT",
     "mkdt_high_loss_1000": "MKDT, 1000 iterations",
     "best_random": "our recipe (random init)",
     "best_high_loss": "our recipe (high-loss init)",
-    "best_kmeans": "our recipe (k-means init)",
     "full": "full data",
 }
 OBJECTIVES = {  # of the pre-training, and how a row says it
@@ -108,8 +106,6 @@ def parse_args(argv=None):
     probe.add_argument("--split", choices=["test", "val"], default="test", help=val)
     parser.add_run_options()
     args = parser.parse_args(argv)
-    if not args.downstream and args.dataset.startswith("images"):
-        raise Problem(f"--dataset {args.dataset} has no labels: name labelled sets by --downstream")
     args.downstream = args.downstream or [args.dataset]
     args.fractions = args.fractions or ([0.01, 0.05] if args.protocol == "linear" else [1.0])
     args.probe_at = sorted(args.probe_at or []) or [None]  # None: by --epochs
@@ -120,9 +116,11 @@ def parse_args(argv=None):
             raise Problem(f"--sets {row!r}: choose NAME or NAME:OBJECTIVE, of {', '.join(OBJECTIVES)}")
     for name in args.downstream:
         if common.parse_dataset(name, args.data_dir)[0] == "images":
-            raise Problem(f"--downstream {name}: has no labels; give sets that have")
+            raise Problem(f"{name} has no labels: name labelled sets by --downstream")
     if not re.fullmatch(NAME, args.name):
         raise Problem(f"--name {args.name!r}: choose letters, digits, and . + - _ within")
+    if args.arch != "convnet" and args.batch_size < 2:
+        raise Problem(f"--batch_size {args.batch_size}: a {args.arch} wants two images at least")
     args.width = args.width or (128 if args.arch == "convnet" else 64)
     return args
 
@@ -215,8 +213,6 @@ def probe(net, train, test, fractions, args, seed, name):
     test_features = encode(net.features, test.images, train, args.device)
     if features.ndim != 2:
         raise Problem(f"the encoder's features are {tuple(features.shape)}: its features(x) must give (B, F)")
-    if not max(features.abs().max(), test_features.abs().max()) < 1e15:
-        raise Problem("the encoder's features are not finite, or nearly so: its pre-training diverged")
     labels, test_labels = train.labels[order].to(args.device), test.labels.to(args.device)
     counts = {f: int(f * n) for f in fractions}
     return {f: common.probe_accuracy(features[:m], labels[:m], test_features, test_labels)
@@ -286,29 +282,27 @@ def finetune(net, train, test, fractions, args, seed, name):
 CELL = ("set", "set_id", "pretrain", "seed", "steps", "downstream", "data_id", "fraction")
 
 
-def attempt(function, *arguments, what="", says=True):
-    """function(*arguments); None after a Problem, which is said in a line: the rest of the table goes on."""
+def attempt(function, *arguments, said=None, what="", seed=""):
+    """function(*arguments); None after a Problem, which is said in a line if it is not in `said` yet."""
     try:
         return function(*arguments)
     except (Problem, OSError) as problem:
-        if says:
-            print("error: " + " ".join(f"{what}{problem}".split()), file=sys.stderr, flush=True)
+        if said is not None and (what, f"{problem}") not in said:
+            said.add((what, f"{problem}"))
+            print("error: " + " ".join(f"{what}{seed}{problem}".split()), file=sys.stderr, flush=True)
 
 
 def load_set(path, data, out_dim, made, args):
     """(images, targets, lr) of a set; raises Problem if they do not fit data, an ImageSet, or its targets."""
     contents = common.load(path, {"images": 4, "targets": 2, "lr": 0}, "distill.py")
     images, targets, shape = contents["images"], contents["targets"], tuple(data.images.shape[1:])
-    if images.shape[1:] != shape or len(images) != len(targets) or len(images) == 0:
-        raise Problem(f"{path}: has {tuple(images.shape)} images and {len(targets)} targets, but images here "
-                      f"are {shape}; give the --dataset and --image_size that it was made with")
-    if targets.shape[1] != out_dim:
-        raise Problem(f"{path}: has targets of D = {targets.shape[1]}, not {out_dim}; make it again")
+    if images.shape[1:] != shape or targets.shape != (len(images), out_dim) or len(images) == 0:
+        raise Problem(f"{path}: has images {tuple(images.shape)} and targets {tuple(targets.shape)}, not of "
+                      f"{shape} and {out_dim}; give the --dataset and --image_size that it was made with")
     common.check_same(path, contents, "", {k: made[k] for k in ("images_id", "targets_id")}, "make it again")
-    made_with = contents.get("options", {}).get("distill", {})
-    width = made_with.get("width", args.width)
-    if args.arch == "convnet" and made_with.get("iters") and width != args.width:
-        print(f"{path}: was distilled with --width {width}, encoders have --width {args.width}")
+    made = {"width": args.width, **contents.get("options", {}).get("distill", {})}
+    if args.arch == "convnet" and made.get("iters") and made["width"] != args.width:
+        print(f"{path}: was distilled with --width {made['width']}, encoders have --width {args.width}")
     return images, targets, contents["lr"]
 
 
@@ -327,6 +321,8 @@ def load_downstream(name, args, channels):
         train = train._replace(images=train.images[~held_out], labels=train.labels[~held_out])
     else:
         test = common.load_images(name, "test", args.data_dir, size, args.limit)
+    if (test.labels == test.labels[0]).all():
+        raise Problem(f"--downstream {name}: its {args.split} images are of one class, nothing to tell apart")
     if int(min(args.fractions) * len(train.images)) < 1:
         n = len(train.images)
         raise Problem(f"--fractions {min(args.fractions):g}: is none of the {n} labelled images of {name}; "
@@ -360,6 +356,17 @@ def find_rows(folder, asked):
         sets = [s for s in there if re.fullmatch(re.escape(name) + seeds, s)] or [name]
         rows[name, "none" if name == "none" else objective or "kd"] = sets
     return rows
+
+
+def check_rows(folder, rows, sets):
+    """Raises Problem if the sets of a row, of those that could be read, were made with different options."""
+    for members in rows.values():
+        paths = [folder / f"{name}.pt" for name in members if sets.get(name) and name not in ("none", "full")]
+        contents = [common.load(path, {}, "distill.py", mmap=True) for path in paths]
+        options = contents[0].get("options", {}).get("distill", {}) if contents else {}
+        same = {name: value for name, value in options.items() if name != "seed"}
+        for path, other in zip(paths, contents):
+            common.check_same(path, other, "distill", same, f"as {paths[0]}, of the same row; rename one")
 
 
 def list_cells(args, rows, sets, downstream):
@@ -413,18 +420,18 @@ def make_pretrained(args, cell, the_set, data, out_dim, options):
     return net
 
 
-def measure(args, cells, sets, downstream, data, out_dim, options):
+def measure(args, cells, sets, downstream, data, out_dim, options, said):
     """Pre-trains the encoder of these cells, and yields (cell, accuracy, or None where it failed)."""
     name, seed, net = cells[0]["set"], cells[0]["seed"], None
-    the_set, what = sets[name], f"{name}, seed {seed}: "
+    the_set, says = sets[name], {"said": said, "what": f"{name}, ", "seed": f"seed {seed}: "}
     if the_set and any(downstream[cell["downstream"]] for cell in cells):
-        net = attempt(make_pretrained, args, cells[0], the_set, data, out_dim, options, what=what)
+        net = attempt(make_pretrained, args, cells[0], the_set, data, out_dim, options, **says)
     judge = probe if args.protocol == "linear" else finetune
     for d in dict.fromkeys(cell["downstream"] for cell in cells):
         part, accuracies = [cell for cell in cells if cell["downstream"] == d], None
         if net and downstream[d]:
             fractions = [cell["fraction"] for cell in part]
-            accuracies = attempt(judge, net, *downstream[d][:2], fractions, args, seed, d, what=what)
+            accuracies = attempt(judge, net, *downstream[d][:2], fractions, args, seed, d, **says)
         for cell in part:
             yield cell, accuracies and accuracies[cell["fraction"]]
 
@@ -479,14 +486,11 @@ def read_paper(table, dataset, arch):
 
     Of Tables 3 and 4 there are none.
     """
-    try:
-        with open(PAPER, newline="", encoding="utf-8") as file:
-            lines = [line for line in csv.DictReader(file)
-                     if (line["table"], line["pretraining_set"], line["arch"]) == (table, dataset, arch)]
-        return {(line["row"], d, float(line["labels"])): (line[d], line["source"])
-                for line in lines for d in common.DATASETS if line.get(d)}
-    except (OSError, ValueError, LookupError, TypeError, csv.Error):
-        raise Problem(f"{PAPER}: cannot be read; get it from the repository, or leave --paper out") from None
+    with open(PAPER, newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file)
+                 if (line["table"], line["pretraining_set"], line["arch"]) == (table, dataset, arch)]
+    return {(line["row"], d, float(line["labels"])): (line[d], line["source"])
+            for line in lines for d in common.DATASETS if line.get(d)}
 
 
 def short_names(downstream):
@@ -531,16 +535,10 @@ def save_figure(path, table, rows, downstream, fractions, steps):
     """Accuracy, a line and its std over the seeds a row: against the labelled fraction, a panel a data set;
     or, with several steps, against the steps of pre-training, a panel a data set and fraction.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{path} is left out: it needs matplotlib (pip install matplotlib)")
-        return
+    from matplotlib import colormaps, rcParams
+    from matplotlib.figure import Figure
 
-    def plain(text):  # "$" begins a formula
-        return text.encode("utf-8", "replace").decode().replace("$", r"\$")
-
+    rcParams["text.parse_math"] = False  # "$" is a dollar
     curve, names = steps[0] is not None, short_names(downstream)
     panels = list(itertools.product(downstream, fractions if curve else [None]))
     figure, lines = Figure(figsize=(4 * len(panels) + 3, 4), layout="constrained"), {}
@@ -552,8 +550,8 @@ def save_figure(path, table, rows, downstream, fractions, steps):
                 continue
             stds = [np.sqrt(a.var(1, ddof=1).mean()) if a.shape[1] > 1 else 0 for a in values]
             means = [a.mean() for a in values]
-            lines[plain(row_title(row))] = panel.errorbar(x, means, stds, capsize=3, color=colour)
-        title = plain(names[d]) + (f", {100 * f:g} % labels" if curve else "")
+            lines[row_title(row)] = panel.errorbar(x, means, stds, capsize=3, color=colour)
+        title = names[d] + (f", {100 * f:g} % labels" if curve else "")
         what = "steps of pre-training" if curve else "labelled images in %"
         panel.set(title=title, xlabel=what, ylabel="accuracy in %", xscale="log")
         panel.set_xticks(x, [f"{tick:g}" if curve else f"{100 * tick:g}" for tick in x])
@@ -564,7 +562,7 @@ def save_figure(path, table, rows, downstream, fractions, steps):
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def caption(args, rows, downstream, paper):
+def caption(args, rows, downstream, budgets, paper):
     """What the tables do not say of themselves."""
     judged = "linear probe" if args.protocol == "linear" else f"full fine-tuning ({args.protocol})"
     long = f"{args.epochs} epochs"
@@ -574,32 +572,36 @@ def caption(args, rows, downstream, paper):
         f"Accuracy in % on the {args.split} split, {judged} of {args.arch} encoders pre-trained on "
         f"{short_names([args.dataset])[args.dataset]} for {long}.",
         "Mean ± std (divisor n - 1) over n seeds of weights, order and labels, or sets x seeds.",
-        "Differences to the random subset: paired by seed, ± standard error.",
         "Rows that name no other way are pre-trained by MSE to the set's targets (KD).",
     ]
+    if BASE in rows and len(rows) > 1:
+        texts.append("Differences to the random subset: paired by seed, ± standard error.")
     if args.mirror:
         texts.append("Images are mirrored at random in pre-training.")
     if args.precision != "fp32":
         texts.append(f"Precision: {args.precision}.")
     if args.paper:
-        known = "three seeds, std with divisor n, from results/paper.csv" if paper else "not known here"
+        known = any(d in downstream and (f, None) in budgets for _, d, f in paper)
+        known = "three seeds, std with divisor n, from results/paper.csv" if known else "not known here"
         texts.append(f"The paper's figures: {known}.")
-    for d, part in downstream.items():
-        test = part and part[1]
-        if test and ((test.labels == test.labels[0]).all() or (test.images == test.images[0]).all()):
-            texts.append(f"The test images of {d} are of one class, or all alike: nothing to tell apart.")
     return " ".join(texts)
 
 
 def write_tables(args, table, rows, downstream, paper):
     """OUT/NAME.md and OUT/NAME.png; prints the tables."""
     path, budgets = args.out_dir / f"{args.name}.md", list(itertools.product(args.fractions, args.probe_at))
+    if path.exists() and all(a is None or np.isnan(a).all() for a in table.values()):
+        return print(f"nothing could be measured: {path} stays as it is")
     text = make_tables(table, rows, args.downstream, budgets, paper)
-    text += f"\n{caption(args, rows, downstream, paper)}\n"
+    text += f"\n{caption(args, rows, downstream, budgets, paper)}\n"
     with common.replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    save_figure(path.with_suffix(".png"), table, rows, args.downstream, args.fractions, args.probe_at)
-    print(f"\n{text}wrote {path} and results.jsonl")
+    print(f"\n{text}wrote {path} and results.jsonl", flush=True)
+    try:
+        save_figure(path.with_suffix(".png"), table, rows, args.downstream, args.fractions, args.probe_at)
+    except Exception as error:  # whatever is wrong with matplotlib: the figure is an extra
+        why = f"{error}".partition("\n")[0]
+        print(f"its figure is left out; it needs matplotlib, which can be installed by pip ({why})")
 
 
 def main(args):
@@ -609,20 +611,24 @@ def main(args):
     data, all_targets, made = common.load_targets(args)
     args.mirror = args.mirror and data.flip
     out_dim, channels = all_targets.shape[1], data.images.shape[1]
+    make_encoder(args, out_dim, data.images.shape[-1], channels)  # refused here, if it cannot be
     log, results = common.Log(args.out_dir / "evaluate.jsonl", args), args.out_dir / "results.jsonl"
     # What is a record's own, or in the id of its set (lr), is no option of it.
     of_cell = ("sets", "lr", "downstream", "fractions", "seeds", "paper", "probe_at")
     options = {**common.recipe(args, of_cell), "targets_id": made["targets_id"]}
 
-    rows = find_rows(args.out_dir / "sets", args.sets)
+    folder = args.out_dir / "sets"
+    rows = find_rows(folder, args.sets)
     no_file = {"none": (None, None, None), "full": (data.images, all_targets, args.lr)}
-    sets, first = {}, common.rank() == 0  # which says what all processes find
+    sets, said = {}, set()
+    of_all = said if common.rank() == 0 else None  # the first process says what all find
     for name in dict.fromkeys(sum(rows.values(), [])):
-        path = args.out_dir / "sets" / f"{name}.pt"
-        loaded = no_file.get(name) or attempt(load_set, path, data, out_dim, made, args, says=first)
+        path = folder / f"{name}.pt"
+        loaded = no_file.get(name) or attempt(load_set, path, data, out_dim, made, args, said=of_all)
         if path.exists() or loaded:  # or the row is not run
             sets[name] = loaded
-    downstream = {d: attempt(load_downstream, d, args, channels, says=first) for d in args.downstream}
+    check_rows(folder, rows, sets)
+    downstream = {d: attempt(load_downstream, d, args, channels, said=of_all) for d in args.downstream}
     if not any(downstream.values()) or not any(sets.values()):
         sys.exit(2)  # nothing can be measured; why is said
     cells = list_cells(args, rows, sets, downstream)
@@ -639,7 +645,7 @@ def main(args):
     mine = jobs[common.rank() :: common.world_size()]
     progress = common.Progress("encoder", len(mine))
     for i, part in enumerate(mine):
-        for cell, accuracy in measure(args, part, sets, downstream, data, out_dim, options):
+        for cell, accuracy in measure(args, part, sets, downstream, data, out_dim, options, said):
             common.append(results, {**cell, "accuracy": accuracy, "options": options})
         progress(i + 1, set=part[0]["set"], seed=part[0]["seed"])
     common.wait_for_all()

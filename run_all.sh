@@ -13,9 +13,10 @@
 # Variables, with their defaults:
 #   FRACTION=0.02  SSL=barlow_twins  RECIPE=paper (best: ours)  DISTILL_SEEDS="0"  SEEDS="0 1 2" (of the evaluation)
 #   SETS="none ..."   rows: none, full, subset_INIT, subset_INIT_auto (at its own lr), mkdt_INIT,
-#                     mkdt_INIT_ITERS, best_INIT, krr_st_INIT (INIT: random, high_loss, sas, kmeans); with :krr_st,
+#                     mkdt_INIT_ITERS, best_INIT, krr_st_INIT (INIT: random, high_loss, sas); with :krr_st,
 #                     :simclr or :barlow_twins behind
-#   DOWNSTREAM="..."  data sets of the probe (default: the paper's seven; digits and imagefolder: themselves)
+#   DOWNSTREAM="..."  data sets of the probe (default: the paper's seven; digits and imagefolder: themselves); a
+#                     name with a space in it in quotes: "'imagefolder:a b' cifar10"
 #   TEACHER EXPERTS DISTILL KRR_ST EVALUATE: further options of a stage; STUDENT: of all but the teacher
 #   IMAGE_SIZE  PROCESSES=1 (by torchrun, one a GPU)  DATA_DIR=data  OUT=runs  PYTHON=python  DRY_RUN=1
 set -euf -o pipefail # f: a * in a variable is no file name
@@ -39,13 +40,25 @@ case $RECIPE in paper | best) ;; *) refuse "RECIPE=$RECIPE: choose paper or best
 [[ ${FRACTION:-1} =~ ^(1|0?\.[0-9]+)$ ]] || refuse "FRACTION=$FRACTION: give a number up to 1, such as 0.02"
 case ${PROCESSES:-1} in *[!0-9]* | 0*) refuse "PROCESSES=$PROCESSES: give a whole number from 1" ;; esac
 case ${SSL:-simclr} in simclr | barlow_twins) ;; *) refuse "SSL=$SSL: choose simclr or barlow_twins" ;; esac
-init="(random|high_loss|sas|kmeans)" how="(:(kd|krr_st|simclr|barlow_twins|SSL))?"
+init="(random|high_loss|sas)" how="(:(kd|krr_st|simclr|barlow_twins|SSL))?"
 known="^(none|full|subset_$init(_auto)?|(mkdt|best)_$init(_[1-9][0-9]*)?|krr_st_$init)$how$"
 for row in ${SETS:-}; do # a set of one's own must be there
   [[ $row =~ $known || $row =~ ^[^:]*$how$ && -n $(compgen -G "$OUT/*/sets/${row%%:*}.pt") ]] ||
     refuse "SETS: '$row' is unknown"
   [[ $RECIPE-$row != paper-best_* && $RECIPE-$row != best-mkdt_* ]] || refuse "SETS: '$row' is not of RECIPE=$RECIPE"
 done
+judged=() # DOWNSTREAM, its words
+while read -r name; do
+  case $name in
+    imagefolder:*) [ -d "${name#*:}" ] || [ -n "${DRY_RUN:-}" ] || refuse "DOWNSTREAM: '$name': there is no such folder" ;;
+    images) refuse "DOWNSTREAM: images have no labels" ;;
+    *) grep -qF "    \"$name\": Dataset(" common.py || refuse "DOWNSTREAM: '$name' is no data set with labels" ;;
+  esac
+  judged+=("$name")
+done < <([ -z "${DOWNSTREAM:-}" ] || xargs -n 1 printf '%s\n' <<< "$DOWNSTREAM" 2>&1)
+only="fraction|init|seed|name|method|dataset|data_dir|out_dir|image_size|limit|width|depth" # all rows or none
+[[ ! " ${DISTILL:-} ${KRR_ST:-} " =~ \ --($only)[\ =] ]] ||
+  refuse "DISTILL and KRR_ST: --${BASH_REMATCH[1]} would make some rows unlike others; use FRACTION, SETS, STUDENT ..."
 [ -n "${DRY_RUN:-}" ] || command -v "${PYTHON:-python}" > /dev/null || refuse "PYTHON=${PYTHON:-python}: not found"
 [ "$preset" != images ] || [ -n "${DOWNSTREAM:-}" ] || [ "$table" = figure1 ] ||
   refuse "images have no labels: name the labelled sets that judge, DOWNSTREAM='imagefolder:DIR2 cifar10'"
@@ -112,7 +125,7 @@ options() {
   data=(--dataset "$dataset" --data_dir "${DATA_DIR:-data}" $threads ${IMAGE_SIZE:+--image_size $IMAGE_SIZE})
   judges=("$dataset") # the data sets of the probe
   case $1$rehearse in cifar10 | cifar100 | tinyimagenet) judges=($three aircraft cub2011 dogs flowers) ;; esac
-  [ -z "${DOWNSTREAM:-}" ] || judges=($DOWNSTREAM)
+  [ ${#judged[@]} = 0 ] || judges=("${judged[@]}")
   evaluate+=" --sets $sets --seeds ${SEEDS:-$seeds}"
 }
 
@@ -125,12 +138,12 @@ stopped() { # a signal to this script is the stage's, too, which then writes its
 trap 'stopped 143' TERM
 trap 'stopped 130' INT
 run() { # a stage; the paper matches one expert an iteration, so distill.py has one process here
-  local launch="${PYTHON:-python}" status=0
+  local launch=("${PYTHON:-python}") status=0
   [ "${PROCESSES:-1}" = 1 ] || [ "$1" = distill.py ] ||
-    launch="$launch -m torch.distributed.run --standalone --nproc_per_node $PROCESSES"
-  echo "+ $launch$(printf ' %q' "$@")"
+    launch+=(-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES")
+  echo "+$(printf ' %q' "${launch[@]}" "$@")"
   [ -z "${DRY_RUN:-}" ] || return 0
-  $launch "$@" & # not in front: bash would not hear of a signal
+  "${launch[@]}" "$@" & # not in front: bash would not hear of a signal
   child=$!
   wait $child || status=$?
   child=
@@ -139,22 +152,24 @@ run() { # a stage; the paper matches one expert an iteration, so distill.py has 
   return $status
 }
 
-copy_targets() { # of $base, to the folder $1, whole or not at all
-  mkdir -p "$1" && { cmp -s "$base/targets.pt" "$1/targets.pt" ||
-    { cp "$base/targets.pt" "$1/targets.pt.tmp" && mv "$1/targets.pt.tmp" "$1/targets.pt"; }; } || { failed=2; return 2; }
+bring() { # the file $1 of $base into the folder $2, whole or not at all
+  mkdir -p "$2" && { cmp -s "$base/$1" "$2/$1" ||
+    { cp "$base/$1" "$2/$1.tmp" && mv "$2/$1.tmp" "$2/$1"; }; } || { failed=2; return 2; }
 }
 
 teach() { # targets.pt in $out, of the teacher in $base, or of another --encoder
+  local dim=() # targets of one's own stay as they are
+  [ "$RECIPE" = paper ] || dim=(--target_dim 256)
   if [ "$RECIPE" = best ] && [[ " $teacher" = *" --encoder "* ]]; then
-    run train_teacher.py "${data[@]}" --out_dir "$out" --target_dim 256 $teacher
+    run train_teacher.py "${data[@]}" --out_dir "$out" "${dim[@]}" $teacher
     return
   fi
   run train_teacher.py "${data[@]}" --out_dir "$base" $teacher || return
-  if [ "$RECIPE" = best ] && [ -f "$base/teacher.pt" -o -n "${DRY_RUN:-}" ]; then # not with targets of one's own
-    run train_teacher.py "${data[@]}" --out_dir "$out" $teacher --init_from "$base/teacher.pt" --epochs 0 \
-      --target_dim 256 || return
+  if [ "$RECIPE" = best ] && [ -f "$base/teacher.pt" -o -n "${DRY_RUN:-}" ]; then
+    [ -n "${DRY_RUN:-}" ] || bring teacher.pt "$out" || return
+    run train_teacher.py "${data[@]}" --out_dir "$out" $teacher "${dim[@]}" || return
   elif [ "$out" != "$base" ] && [ -z "${DRY_RUN:-}" ]; then
-    copy_targets "$out" || return
+    bring targets.pt "$out" || return
   fi
 }
 
@@ -188,7 +203,7 @@ figure1() { # appendix A.2: five experts with one start for each objective, and 
     dir=$out/figure1/$curve words="--batch_size $ssl_batch" steps="--syn_steps 10"
     case $curve in # alpha_syn starts where 100 iterations brought most; Barlow Twins' would run away
       kd) words="--batch_size $batch" steps="--syn_steps 20 --lr_init 1"
-        [ -n "${DRY_RUN:-}" ] || copy_targets "$dir" || continue ;;
+        [ -n "${DRY_RUN:-}" ] || bring targets.pt "$dir" || continue ;;
       supervised) words="--batch_size $batch" steps="--syn_steps 20 --expert_epochs 4 --lr_init 0.01" ;;
       *_4x_batch) words="--batch_size $((4 * ssl_batch))" ;;
     esac

@@ -6,8 +6,7 @@ Each student starts from its own random weights and minimises the MSE between it
 Reads:  OUT/targets.pt and the data set.
 Writes: OUT/experts/0000.pt ...   one file an expert,
             {trajectory (E + 1, P) float32: its weights at the start and after each epoch,
-             example_loss (N,) float32: each image's loss after the first epoch,
-             gradient_variance: of expert 0, at its start and its end (section 4.1)}
+             example_loss (N,) float32: each image's loss after the first epoch}
         OUT/train_experts.jsonl (with --first_expert 50 train_experts_50.jsonl), and while an expert is
             trained OUT/experts/0000.checkpoint
 
@@ -99,9 +98,6 @@ def train_expert(net, forward, data, images, targets, args, k, checkpoint_of):
         losses[step % per_epoch] = loss.detach()
         epoch = (step + 1) // per_epoch
         if (step + 1) % per_epoch == 0:
-            if not losses.isfinite().all():
-                raise Problem(f"the loss of expert {k} is not finite in epoch {epoch}: choose a smaller --lr "
-                              f"than {args.lr}; {checkpoint.kept()}")
             trajectory[epoch] = common.flatten(net).cpu()
             if epoch == 1 and not ssl:
                 example_loss.copy_(example_losses(net, data, images, targets, args))
@@ -123,37 +119,12 @@ def example_losses(net, data, images, targets, args):
     return torch.cat(losses)
 
 
-def gradient_variance(net, data, images, targets, args, *key, count=32):
-    """E||g_B - E g_B||^2 / ||E g_B||^2 at net's weights, g_B the gradient on a mini-batch B (section 4.1).
-
-    Both are unbiased estimates from `count` independent batches: the variance has the divisor count - 1, and
-    the squared norm of the mean gradient has variance / count taken off. None where nothing then remains, for
-    the gradient cannot be told from noise.
-    """
-    total, squares = 0.0, 0.0
-    for i in range(count):
-        order = common.generator("cpu", args.seed, "variance", *key, i)
-        batch = torch.randperm(len(images), generator=order)[: args.batch_size]
-        x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
-        draws = common.generator(args.device, args.seed, "variance", "views", *key, i)
-        common.seed_dropout(args.device, args.seed, "variance", "dropout", *key, i)
-        loss = common.student_loss(args.objective, net, x, z, data, draws)
-        g = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
-        g = torch.cat([part.flatten() for part in g])
-        total, squares = total + g, squares + g.square().sum().item()
-    of_mean = (total / count).square().sum().item()
-    variance = (squares - count * of_mean) / (count - 1)
-    signal = of_mean - variance / count
-    return variance / signal if signal > 0 else None
-
-
 def main(args):
     common.set_up(args)
     train, targets, made = common.load_targets(args, args.objective)
     n, channels, size = train.images.shape[:3]
     if args.objective in common.SSL and not 2 <= args.batch_size <= n:  # which contrasts whole batches
         raise Problem(f"--batch_size {args.batch_size}: choose from 2 to {n}, the number of images")
-    args.depth = args.depth or common.default_depth(size)
     options = common.recipe(args)
     now = {**options, "images_id": made["images_id"], "targets_id": made["targets_id"]}
     images, targets = common.place(train.images, args.device), common.place(targets, args.device)
@@ -183,16 +154,12 @@ def main(args):
         if common.is_done(paths[k], {"train_experts": now}, keys):
             continue  # by another part of K that overlaps
         net.load_state_dict(make_net(k).state_dict())
-        of_gradient = (net, train, images, targets, args, k)
-        variance = [gradient_variance(*of_gradient, "start")] if k == 0 else []
         trajectory, example_loss, loss = train_expert(
             net, forward, train, images, targets, args, k,
             lambda k=k, **parts: common.Checkpoint(paths[k].with_suffix(".checkpoint"), args, now, **parts),
         )
-        variance += [gradient_variance(*of_gradient, "end")] if k == 0 else []
         common.append(log.path, {"expert": k, "loss": loss})
-        common.save(paths[k], {"trajectory": trajectory, "example_loss": example_loss,
-                               "gradient_variance": variance, **made,
+        common.save(paths[k], {"trajectory": trajectory, "example_loss": example_loss, **made,
                                "options": {**made["options"], "train_experts": options}})
         paths[k].with_suffix(".checkpoint").unlink(missing_ok=True)
     common.wait_for_all()

@@ -14,7 +14,6 @@ The targets are the features f_T(x) before the projector, in eval mode, of image
 --encoder they are those of a network that was trained elsewhere; then there is no teacher.pt.
 
     python train_teacher.py                                      # CIFAR-10, the paper's setting
-    python train_teacher.py --init_from resnet18.pt --epochs 0   # targets from your own ResNet-18
     python train_teacher.py --encoder torchvision:resnet50       # of a network trained on ImageNet
     python train_teacher.py --encoder hub:facebookresearch/vicreg:main:resnet50    # the same, without labels
     python train_teacher.py --target_dim 256     # 256 principal components instead (not the paper)
@@ -23,10 +22,9 @@ The targets are the features f_T(x) before the projector, in eval mode, of image
 CIFAR-10 at the paper's setting is 332 x 10^15 operations; digits (run_all.sh) take 20 s on a CPU core.
 """
 
-import contextlib
-import hashlib
 import math
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -59,7 +57,6 @@ def parse_args(argv=None):
     ssl.add_argument("--min_crop", type=number, default=0.08, help="smallest random crop, share of the area")
     net = parser.add_argument_group("teacher f_T and its targets")
     net.add_argument("--width", type=positive, default=64, help="of ResNet-18's first stage; D = 8 width")
-    net.add_argument("--init_from", help="state dict of a ResNet-18 with a 3x3 stem, or a teacher.pt")
     kinds = "torchvision:NAME, hub:OWNER/REPO[:BRANCH]:NAME or hub:DIR:NAME"
     net.add_argument("--encoder", help=f"{kinds}: a network that was trained elsewhere")
     components = "D: the mean is taken out, so many principal components are left (the paper: 0, as they are)"
@@ -71,8 +68,8 @@ def parse_args(argv=None):
         for action in ssl._group_actions:  # it does not depend on what would be trained
             setattr(args, action.dest, action.default)
         args.epochs = 0
-        if not re.fullmatch("torchvision:.+|hub:.+:.+", args.encoder) or args.init_from:
-            raise Problem(f"--encoder {args.encoder}: give {kinds}, and no --init_from")
+        if not re.fullmatch("torchvision:.+|hub:.+:.+", args.encoder):
+            raise Problem(f"--encoder {args.encoder}: give {kinds}")
     for name, value in RECIPES[args.ssl].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -84,26 +81,16 @@ def parse_args(argv=None):
 # ---- One batch over several processes ----------------------------------------------------------------------
 
 
-class _Gather(torch.autograd.Function):
-    """The rows of all processes, x (B / G, ...) each: (B, ...). Its gradient is summed over the processes."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.contiguous()  # the processes exchange memory as it lies
-        rows = [torch.empty_like(x) for _ in range(common.world_size())]
-        torch.distributed.all_gather(rows, x)
-        return torch.cat(rows)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        torch.distributed.all_reduce(gradient)
-        return own_rows(gradient)
-
-
 def gather(x):
-    """The rows of all processes, x (B / G, d) each: (B, d). Every process then has the whole batch's loss."""
-    return x if common.world_size() == 1 else _Gather.apply(x)
+    """The rows of all processes, x (B / G, ...) each: (B, ...). Each process then has the whole loss."""
+    if common.world_size() == 1:
+        return x
+    from torch.distributed.nn.functional import all_gather  # differentiable
+
+    rows = torch.cat(all_gather(x))
+    if rows.requires_grad:
+        rows.register_hook(torch.Tensor.contiguous)  # the processes exchange memory as it lies
+    return rows
 
 
 def own_rows(x):
@@ -137,20 +124,6 @@ def make_projector(ssl, in_dim, projection_dim, norm_layer=SyncBatchNorm):
     return nn.Sequential(*layers)
 
 
-def load_encoder(encoder, path):
-    """Copy a ResNet-18's weights into encoder; a classifier's last layer in the file is left out."""
-    weights = common.load(path, {}, "torch.save(encoder.state_dict(), FILE)")
-    try:
-        weights = weights.get("encoder", weights)
-        encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
-    except (RuntimeError, AttributeError, TypeError, ValueError):
-        width = encoder.conv1.out_channels
-        raise Problem(f"{path}: is no state dict of a ResNet-18 with a 3x3 stem, of --width {width} and as "
-                      "many colour channels as the images; give its --width, or another file") from None
-    if not all(v.isfinite().all() for v in encoder.state_dict().values()):
-        raise Problem(f"{path}: its numbers are not all finite; give another file")
-
-
 def load_pretrained(name, device):
     """--encoder: a network that was trained elsewhere, as f: images (B, C, H, W) uint8 -> features (B, D).
 
@@ -162,9 +135,8 @@ def load_pretrained(name, device):
 
     source, _, rest = name.partition(":")
     repo, _, model = rest.rpartition(":")
-    local = Path(repo).is_dir()
     url = f"https://github.com/{repo.partition(':')[0]}"
-    advice = f"see {repo}/hubconf.py" if local else f"{url} can be unpacked into a folder, hub:DIR:{model}"
+    advice = f"see {repo}/hubconf.py; {url} can be unpacked into a folder, hub:DIR:{model}"
 
     def refusal(error):
         reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
@@ -173,8 +145,11 @@ def load_pretrained(name, device):
     try:
         preprocess = models.get_model_weights("resnet18").DEFAULT.transforms()
         if source == "hub":
-            kind = "local" if local else "github"
-            net = torch.hub.load(repo, model, source=kind, trust_repo=True, verbose=False)
+            kind, ours = "local" if Path(repo).is_dir() else "github", sys.modules.pop("common")
+            try:  # the repository may have a module common of its own
+                net = torch.hub.load(repo, model, source=kind, trust_repo=True, verbose=False)
+            finally:
+                sys.modules["common"] = ours
             preprocess = getattr(net, "preprocess", preprocess)
         else:
             advice = "choose a classifier of torchvision.models.list_models()"
@@ -269,26 +244,29 @@ def train(encoder, data, args, now, log, path):
 
         losses[step % per_epoch] = loss.detach()
         if (step + 1) % per_epoch == 0:
-            epoch = (step + 1) // per_epoch
-            if not losses.isfinite().all():
-                raise Problem(f"the loss is {loss.item()} in epoch {epoch}: choose a smaller --lr than "
-                              f"{args.lr}, or more --warmup_epochs; {checkpoint.kept()}")
-            log.write(epoch=epoch, loss=losses.mean().item(), lr=optimizer.param_groups[0]["lr"])
+            lr = optimizer.param_groups[0]["lr"]
+            log.write(epoch=(step + 1) // per_epoch, loss=losses.mean().item(), lr=lr)
         progress(step + 1, epoch=step // per_epoch + 1, loss=loss)
         checkpoint.tick(step + 1, last=step + 1 == steps)
 
 
-def make_teacher(data, args, made, log):
+def make_teacher(data, args, made, log, checkpoint):
     """The encoder f_T in eval mode, of OUT/teacher.pt, which is made if it is not there."""
-    path, checkpoint = args.out_dir / "teacher.pt", args.out_dir / "train_teacher.checkpoint"
+    path = args.out_dir / "teacher.pt"
     now = {**made["options"]["train_teacher"], "images_id": made["images_id"]}
     del now["target_dim"]  # the teacher is the same
     there = common.is_done(path, {"train_teacher": now}, {"encoder": None})
-    there = there and not checkpoint.exists()  # else the log is cut back to it, too
+    there = None if checkpoint.exists() else there  # the log is cut back to it, too
     torch.manual_seed(common.seed_of(args.seed, "teacher"))
     encoder = common.ResNet(channels=data.images.shape[1], width=args.width, norm_layer=SyncBatchNorm)
-    if there or args.init_from:
-        load_encoder(encoder, path if there else args.init_from)
+    if there:
+        try:
+            encoder.load_state_dict({k: v for k, v in there["encoder"].items() if not k.startswith("fc.")})
+        except (RuntimeError, AttributeError, TypeError, ValueError):
+            raise Problem(f"{path}: is of no ResNet-18 with a 3x3 stem, --width {args.width} and the images' "
+                          "colour channels; give its --width, or move it away") from None
+        if not all(v.isfinite().all() for v in encoder.state_dict().values()):
+            raise Problem(f"{path}: its numbers are not all finite; move it away")
     encoder = encoder.to(args.device, memory_format=common.layout(args.width))
     if there:
         log.begin()
@@ -300,23 +278,20 @@ def make_teacher(data, args, made, log):
     return encoder.eval()
 
 
-@contextlib.contextmanager
-def represented(f, images, batch, args):
-    """Yields the features f(x) of all images, (N, D') float32, on disk while they are used."""
-    n, width, progress = len(images), 0, common.Progress("encoded image", len(images))
-    with common.replacing(args.out_dir / "features") as temporary:
-        with open(temporary, "wb") as file:
-            for i in range(0, n, batch):
-                x = common.fetch(images, slice(i, i + batch), args.device)
-                part = f(x).float().cpu()
-                width = width or part.shape[1]
-                if part.shape != (len(x), width) or width == 0:
-                    raise Problem(f"--encoder {args.encoder}: gives {tuple(part.shape)} for {len(x)} images, "
-                                  "not (B, D); choose another")
-                file.write(part.numpy().tobytes())
-                progress(min(i + batch, n))
-        yield torch.from_file(str(temporary), size=n * width).view(n, width)
-        temporary.unlink()  # nothing stays
+@torch.no_grad()
+def represent(f, images, batch, args):
+    """The features f(x) of all images, (N, D') float32, on the host."""
+    features, progress = None, common.Progress("encoded image", len(images))
+    for i in range(0, len(images), batch):
+        x = common.fetch(images, slice(i, i + batch), args.device)
+        part = f(x).float().cpu()
+        features = torch.empty(len(images), *part.shape[1:]) if features is None else features
+        if part.shape != (len(x), *features.shape[1:]) or part.ndim != 2 or part.shape[1] == 0:
+            raise Problem(f"--encoder {args.encoder}: gives {tuple(part.shape)} for {len(x)} images, not "
+                          "(B, D); choose another")
+        features[i : i + batch] = part
+        progress(min(i + batch, len(images)))
+    return features
 
 
 def make_targets(features, dim):
@@ -342,43 +317,39 @@ def load_test(args, data):
 def main(args):
     common.set_up(args)
     options, targets_path = common.recipe(args), args.out_dir / "targets.pt"
-    if args.init_from:  # by its contents: another file of the same name is another teacher
-        common.load(args.init_from, {}, "torch.save(encoder.state_dict(), FILE)")
-        options["init_from"] = hashlib.sha256(Path(args.init_from).read_bytes()).hexdigest()[:16]
     log = common.Log(args.out_dir / "train_teacher.jsonl", args)
-    if common.is_done(targets_path, {"train_teacher": options}, {"targets": 2}):
-        (args.out_dir / "features.tmp").unlink(missing_ok=True)
-        if not args.encoder and (args.out_dir / "teacher.pt").exists():  # killed just before its end
-            (args.out_dir / "train_teacher.checkpoint").unlink(missing_ok=True)
+    there = common.is_done(targets_path, {"train_teacher": options}, {"targets": 2})
+    checkpoint = args.out_dir / "train_teacher.checkpoint"  # of a run killed before the probe
+    if there and (args.encoder or not checkpoint.exists() or "options" not in there):
         print(f"{targets_path} is there: nothing to do")
         return
     data = common.load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
     test = load_test(args, data)  # now, so that a fault shows before the training
     if args.epochs and args.batch_size > len(data.images):
         raise Problem(f"--batch_size {args.batch_size}: there are {len(data.images)} images; choose less")
-    made = {"options": {"train_teacher": options}, "images_id": common.images_id(data.images)}
+    made = {"options": {"train_teacher": options}, "images_id": common.fingerprint(data.images)}
     if not args.encoder:
-        encoder = make_teacher(data, args, made, log)
+        encoder = make_teacher(data, args, made, log, checkpoint)
         f, batch = lambda x: encoder(common.normalise(x, data)), 500
-    if common.rank() > 0:
-        return  # what follows is one's work
+    if common.rank() > 0:  # what follows is one's work
+        return
     if args.encoder:
         f, batch = load_pretrained(args.encoder, args.device), 64
         log.begin()
 
-    with torch.no_grad(), represented(f, data.images, batch, args) as features:
-        contents = make_targets(features, args.target_dim)
+    features = represent(f, data.images, batch, args)
+    contents = make_targets(features, args.target_dim)
+    common.save(targets_path, {**contents, **made})
+    try:  # which only informs
         if test:
-            parts = [f(common.fetch(test.images, slice(i, i + batch), args.device)).float().cpu()
-                     for i in range(0, len(test.images), batch)]
-            some = slice(0, None, math.ceil(len(features) / 50_000))  # more would not fit in memory
-            x, y = features[some], data.labels[some]
-            accuracy = common.probe_accuracy(x, y, torch.cat(parts), test.labels)
+            x, y = (part[:: math.ceil(len(part) / 50_000)] for part in (features, data.labels))  # for memory
+            accuracy = common.probe_accuracy(x, y, represent(f, test.images, batch, args), test.labels)
             log.write(probe_accuracy=accuracy)
             print(f"linear probe of the teacher's features, {len(x)} labels: {accuracy:.2f} % test accuracy")
-        common.save(targets_path, {**contents, **made})
+    except Problem as problem:
+        print(f"the teacher's features are not probed: {problem}")
     if not args.encoder:
-        (args.out_dir / "train_teacher.checkpoint").unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)
     print(f"wrote {targets_path}: targets of {tuple(contents['targets'].shape)}")
 
 

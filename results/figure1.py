@@ -2,7 +2,8 @@
 
     python results/figure1.py --out_dir runs runs/digits/figure1/kd runs/digits/figure1/simclr
 
-Reads:  RUN/experts/*.pt of train_experts.py --same_init, and the one RUN/distill_*.jsonl that matched them.
+Reads:  RUN/experts/*.pt and the log of train_experts.py --same_init, their data set and targets, and the one
+        RUN/distill_*.jsonl that matched them.
 Writes: OUT/NAME.md (a table), OUT/NAME.jsonl (its numbers, a curve a line), OUT/NAME.png (with matplotlib)
 """
 
@@ -13,6 +14,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch  # noqa: E402
+
 import common  # noqa: E402
 
 TITLES = {"kd": "KD", "supervised": "MTT-SL", "barlow_twins": "MTT-SSL (Barlow Twins)",
@@ -51,10 +54,50 @@ def trajectory_variance(trajectories):
     return variance, relative
 
 
+def gradient_variance(net, data, images, targets, args, *key, count=32):
+    """E||g_B - E g_B||^2 / ||E g_B||^2 at net's weights, g_B the gradient on a mini-batch B (section 4.1).
+
+    Both are unbiased estimates from `count` independent batches: the variance has the divisor count - 1, and
+    the squared norm of the mean gradient has variance / count taken off. None where nothing then remains, for
+    the gradient cannot be told from noise.
+    """
+    total, squares = 0.0, 0.0
+    for i in range(count):
+        order = common.generator("cpu", args.seed, "variance", *key, i)
+        batch = torch.randperm(len(images), generator=order)[: args.batch_size]
+        x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
+        draws = common.generator(args.device, args.seed, "variance", "views", *key, i)
+        common.seed_dropout(args.device, args.seed, "variance", "dropout", *key, i)
+        loss = common.student_loss(args.objective, net, x, z, data, draws)
+        g = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
+        g = torch.cat([part.flatten() for part in g])
+        total, squares = total + g, squares + g.square().sum().item()
+    of_mean = (total / count).square().sum().item()
+    variance = (squares - count * of_mean) / (count - 1)
+    signal = of_mean - variance / count
+    return variance / signal if signal > 0 else None
+
+
+def start_and_end(run, trajectory):
+    """gradient_variance at the first and the last weights of an expert (E + 1, P), on its run's images."""
+    begin = next(r for r in common.read_records(run / "train_experts.jsonl") if "options" in r)
+    args = argparse.Namespace(**{**begin["options"], "out_dir": run})
+    data, targets, _ = common.load_targets(args, args.objective)
+    channels, size = data.images.shape[1:3]
+    net = common.make_student(args.out_dim or targets.shape[1], size, channels, args.width, args.depth)
+    net, variances = net.to(args.device), []
+    for where in ("start", "end"):
+        weights = trajectory[0 if where == "start" else -1]
+        torch.nn.utils.vector_to_parameters(weights.to(args.device), net.parameters())
+        variances.append(gradient_variance(net, data, data.images, targets, args, 0, where))
+    return variances
+
+
 def read_curve(run):
     """{curve: title, experts: K, gradient_variance, and a list for each of PANELS} of a run's folder."""
-    keys = {"trajectory": 2, "gradient_variance": None, "options": None}
-    experts = [common.load(path, keys, "train_experts.py", mmap=True) for path in run.glob("experts/*.pt")]
+    keys = {"trajectory": 2, "options": None}
+    paths = sorted(run.glob("experts/*.pt"))
+    experts = [common.load(path, keys, "train_experts.py", mmap=True) for path in paths]
     made = [expert["options"].get("train_experts", {}) for expert in experts]
     if len(experts) < 2 or not all(m == made[0] and m.get("same_init") for m in made):
         raise common.Problem(f"{run}: wants two experts or more of train_experts.py --same_init, made alike")
@@ -67,11 +110,10 @@ def read_curve(run):
     if not steps:
         raise common.Problem(f"{run}: its set is not finished; give the command of distill.py again")
     variance, relative = trajectory_variance([expert["trajectory"] for expert in experts])
-    gradient = next((e["gradient_variance"] for e in experts if e["gradient_variance"]), [None, None])
     return {
         "curve": f"{TITLES.get(made[0]['objective'], made[0]['objective'])}, batch {made[0]['batch_size']}",
         "experts": len(experts),
-        "gradient_variance": gradient,
+        "gradient_variance": start_and_end(run, experts[0]["trajectory"]),
         "trajectory_variance": variance,
         "relative_variance": relative,
         **{key: [step[key] for step in steps] for key in ("matching_loss", "pixel_change")},
@@ -93,10 +135,8 @@ def make_table(curves):
 
 
 def save_figure(path, curves):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"{path} is left out: it needs matplotlib (pip install matplotlib)")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(19, 4), layout="constrained")
     for panel, (key, (title, x)) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
         for curve in curves:
@@ -115,8 +155,11 @@ def main(args):
     for suffix, text in ((".md", table), (".jsonl", "".join(json.dumps(curve) + "\n" for curve in curves))):
         with common.replacing(path.with_suffix(suffix)) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    save_figure(path.with_suffix(".png"), curves)
-    print(f"{table}wrote {path} and .jsonl")
+    print(f"{table}wrote {path} and .jsonl", flush=True)
+    try:
+        save_figure(path.with_suffix(".png"), curves)
+    except Exception as error:  # whatever is wrong with matplotlib: the table is there
+        print(f"{path.with_suffix('.png')} is left out; it needs matplotlib, to be had by pip ({error})")
 
 
 if __name__ == "__main__":

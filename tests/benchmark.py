@@ -234,7 +234,7 @@ def scale_load(device, N=20_000, mapped=False):
 
 def scale_distill(device, S=500, steps=10, px=32, batch=64):
     """An iteration of distillation (width 32)."""
-    net = common.ConvNet(128, px, 3, 32, common.default_depth(px)).to(device)
+    net = common.ConvNet(128, px, 3, 32).to(device)
     theta = common.flatten(net)
     goal = theta + 0.01 * torch.randn_like(theta)
     images, targets = (

@@ -96,6 +96,7 @@ def refuses(function, *words, what=""):
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=4, help="how often each stage is killed in test_resume.py")
+    parser.addoption("--sweep", action="store_true", help="all cases of test_layout.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -160,7 +160,7 @@ def test_our_recipe():
     calls = commands("cifar10", RECIPE="best")
     (teacher, targets), (evaluate,) = calls["train_teacher"], calls["evaluate"]
     assert (str(teacher.out_dir), teacher.target_dim, teacher.epochs) == ("runs/cifar10", 0, 1000)
-    assert (targets.init_from, targets.target_dim, targets.epochs) == ("runs/cifar10/teacher.pt", 256, 0)
+    assert (targets.target_dim, targets.epochs) == (256, 1000)  # the same teacher, which is copied
     others = [args for name in STAGES[1:] for args in calls[name]]
     assert {str(args.out_dir) for args in (targets, *others)} == {"runs/cifar10_best"}
     assert {"best_random", "best_high_loss", "subset_random_auto"} <= set(evaluate.sets)
@@ -287,14 +287,16 @@ WRONG = [  # words, variables, and what a script says as it reads its options; "
         ("", "SETS", "mkdt", "gan_random", "subset_easy", "mkdt_random_auto", "mkdt_random_0"),
         ("", "SETS", "subset_random_9", "mkdt_random:gan"),
         ("", "FRACTION", "abc", "5%", "0,05", "1/20", "-1", "7", "."),
-        ("--seeds", "SEEDS", "0,1", "99999999999"), ("--ssl", "SSL", "byol"),
-        ("mnist", "DOWNSTREAM", "digits mnist")) for value in values),
+        ("", "DOWNSTREAM", "digits mnist", "digits imagefolder:/no/folder", "images:/tmp", "images"),
+        ("", "DISTILL", "--iters 3 --fraction 0.1", "--seed=1"), ("", "KRR_ST", "--init sas"),
+        ("--seeds", "SEEDS", "0,1", "99999999999"), ("--ssl", "SSL", "byol")) for value in values),
 ]
 
 
 @pytest.mark.parametrize("words, variables, said", WRONG)
 def test_words_and_variables_that_cannot_be(words, variables, said):
-    for_real = {"DRY_RUN": "", "PYTHON": "true"} if words else {"OUT": "/no/folder"}
+    for_real = words or "DOWNSTREAM" in variables
+    for_real = {"DRY_RUN": "", "PYTHON": "true"} if for_real else {"OUT": "/no/folder"}
     done, lines = dry_run(*words.split(), **variables, **for_real)
     if said and done.returncode == 0:
         refuses(lambda: [parse(line) for line in lines], said)
@@ -324,6 +326,17 @@ def test_a_stage_that_ends(stage, status, calls, stub, tmp_path):
     done = run_all("digits", OUT=str(tmp_path / "runs"), SETS="subset_random mkdt_random", PYTHON=python)
     assert done.returncode == status and set(done.stderr.splitlines()) == {"error: no"}
     assert (tmp_path / "calls").read_text().count("\n") == calls
+
+
+def test_names_with_spaces(stub, tmp_path):
+    """Of python, and of a folder that judges."""
+    (tmp_path / "a b").mkdir()
+    stub(f'for word; do echo "$word"; done >> {tmp_path}/words', "a b/python")
+    done = run_all("digits", OUT=str(tmp_path / "o"), SETS="none", PYTHON=f"{tmp_path}/a b/python",
+                   DOWNSTREAM=f"'imagefolder:{tmp_path}/a b' digits")
+    assert done.returncode == 0 and done.stderr == ""
+    words = (tmp_path / "words").read_text().splitlines()
+    assert words[-3:] == ["--downstream", f"imagefolder:{tmp_path}/a b", "digits"]
 
 
 def test_other_sizes_of_sets_have_the_same_targets(stub, tmp_path):

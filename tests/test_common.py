@@ -96,12 +96,12 @@ def test_precision():
 @pytest.mark.parametrize("size, depth, parameters", [(32, 3, 1_348_608), (64, 4, 1_496_448)])
 def test_convnet_of_the_paper(size, depth, parameters):
     net, x = common.make_student(512, size, 3), torch.randn(2, 3, size, size)
-    assert common.default_depth(size) == depth and common.flatten(net).shape == (parameters,)
+    assert len(net.body) == 4 * depth and common.flatten(net).shape == (parameters,)
     assert net(x).shape == (2, 512) and net.features(x).shape == (2, 2048) and not list(net.buffers())
     assert net.features(torch.randn(1, 3, 96, 96)).shape == (1, 128 * (96 // 2**depth) ** 2)
     convolved = net.body[0](x)
     torch.testing.assert_close(net.body[1](convolved), F.instance_norm(convolved))
-    assert [common.default_depth(s) for s in (4, 8, 16, 28, 128)] == [2, 2, 2, 3, 5]
+    assert [len(common.ConvNet(1, s).body) // 4 for s in (4, 8, 16, 28, 128)] == [2, 2, 2, 3, 5]
     refuses(lambda: common.ConvNet(5, image_size=8, depth=4), "--depth 4", "8 px")
 
 

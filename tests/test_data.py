@@ -1,14 +1,19 @@
 """The data sets: digits as it is, the others from small archives of the real layout, made here."""
 
+import fcntl
 import hashlib
+import multiprocessing
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
+import time
 import urllib.error
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ import torch
 import torchvision
 from conftest import ROOT, refuses
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy.io import savemat
 
 import common
@@ -309,7 +315,7 @@ def test_links(folder, tmp_path):
     for name, target in links.items():
         (folder / "train/b" / name).symlink_to(tmp_path / target)
     assert load(folder).labels.tolist() == [0, 1, 1, 1, 2, 3, 3]
-    assert len(load(folder, name="images").images) == 2 + 7
+    assert len(load(folder, name="images").images) == 2 + 6  # what several links lead to is there once
 
 
 def test_images_are_decoded_once(folder, tmp_path, monkeypatch):
@@ -377,11 +383,18 @@ def test_images_of_sixteen_bits(folder):
     assert torch.equal(load(folder).images[1:3], expected)
 
 
-def test_a_palette_with_transparency_does_not_warn(folder, recwarn):
-    image = Image.new("P", (9, 9), 1)
-    image.putpalette([0, 0, 0, 10, 200, 30])
-    image.save(folder / "train/a/x.png", transparency=bytes([0, 128]))
-    assert load(folder).images[1].flatten(1).float().mean(1).tolist() == [10, 200, 30] and not recwarn.list
+def test_transparency_is_laid_over_white(folder, recwarn):
+    """In each mode that has it: a colour that lets 127 of 255 parts of white through, or all of it."""
+    palette = Image.new("P", (9, 9), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    palette.save(folder / "train/a/1.png", transparency=bytes([0, 128]))
+    Image.new("RGBA", (9, 9), (10, 200, 30, 128)).save(folder / "train/a/2.png")
+    Image.new("LA", (9, 9), (40, 128)).save(folder / "train/a/3.png")
+    for i, (mode, colour) in enumerate([("RGB", (10, 200, 30)), ("L", 40), ("1", 1)], 4):
+        Image.new(mode, (9, 9), colour).save(folder / f"train/a/{i}.png", transparency=colour)
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(folder / "train/a/7.webp", lossless=True)
+    found = load(folder).images[1:8].flatten(2).float().mean(2).tolist()
+    assert found == [[132, 227, 142], [132, 227, 142], [147] * 3, *[[255] * 3] * 4] and not recwarn.list
 
 
 def test_images_are_turned_upright(folder):
@@ -392,6 +405,100 @@ def test_images_are_turned_upright(folder):
         image.save(folder / f"train/a/{name}", exif=exif)
     for upright in load(folder).images[1:3].float():
         assert upright[:, :16].min() > 200 and upright[:, 16:].max() < 50
+
+
+@pytest.mark.parametrize("tag, text, pointer", [(5, b"0\0", 0x8825), (282, b"72\0", None)])
+def test_other_tags_do_not_count(folder, tag, text, pointer):
+    """A sound JPEG with orientation 6 and another tag, in the part `pointer`, that is text by mistake."""
+    turn, odd = struct.pack("<HHIHH", 274, 3, 1, 6, 0), struct.pack("<HHI4s", tag, 2, len(text), text)
+    first = odd if pointer is None else struct.pack("<HHII", pointer, 4, 1, 38)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turn + first + bytes(4)
+    exif += b"" if pointer is None else struct.pack("<H", 1) + odd + bytes(4)
+    image = Image.new("RGB", (32, 32))
+    image.paste((255, 255, 255), (0, 0, 16, 32))
+    image.save(folder / "train/a/x.jpg", exif=exif)
+    upright = load(folder).images[1].float()
+    assert upright[:, :16].min() > 200 and upright[:, 16:].max() < 50
+
+
+def test_images_that_cannot_be_read_say_why(folder, monkeypatch):
+    path = folder / "train/a/x.tif"
+    for pixels in (np.zeros((9, 9), "i4"), np.full((9, 9), 255, "i4"), np.zeros((9, 9), "f4")):
+        Image.fromarray(pixels).save(path)
+        refuses(lambda: load(folder), "1 of 4 images", path, "of unknown range")
+    text = PngInfo()
+    text.add_text("comment", "x" * 2_000_000, zip=True)
+    Image.new("RGB", (9, 9)).save(path, "PNG", pnginfo=text)
+    refuses(lambda: load(folder), f"{path} (a text in it is longer than Pillow reads)")
+    Image.new("1", (90, 90)).save(path, "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    refuses(lambda: load(folder), f"{path} (8100 pixels, more than 8000)")
+
+
+def test_images_that_are_all_the_same(folder):
+    for path in folder.rglob("*.png"):
+        write_image(path)
+    refuses(lambda: load(folder), f"imagefolder:{folder}: all 3 train images are the same at 32 px")
+    assert len(load(folder, limit=1).images) == 1
+
+
+def test_labels_of_any_kind(monkeypatch):
+    """Lists, arrays and tensors, as torchvision's data sets have them; no -1, as STL10 has."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
+    for of_images in (np.asarray, torch.as_tensor):
+        for of_labels in (list, np.asarray, torch.tensor):
+            def samples(*words, of_images=of_images, of_labels=of_labels):
+                return of_images(images), of_labels([0, 1, 2, 0, 1, 2])
+
+            monkeypatch.setattr(common, "samples", samples)
+            found = common.load_images("digits", "train", "data", limit=4)
+            assert found.labels.tolist() == [0, 1, 0, 1] and found.labels.dtype == torch.int64
+            assert torch.equal(found.images[:, 0], torch.from_numpy(images[[0, 1, 3, 4]]))
+    monkeypatch.setattr(common, "samples", lambda *words: (images, [0, 1, -1, 0, 1, 2]))
+    refuses(lambda: common.load_images("digits", "train", "data"), "digits: has the label -1")
+
+
+def test_folders_that_link_to_each_other(tmp_path):
+    """Nine, each with links to the others: each is walked once from each."""
+    for i in range(9):
+        write_image(tmp_path / f"nine/{i}/0.png", i)
+        for j in range(9):
+            (tmp_path / f"nine/{i}/to{j}").symlink_to(f"../{j}")
+    assert len(common.find_images(tmp_path / "nine")) == 81
+
+
+def test_processes_that_decode_at_the_same_time(folder, tmp_path, monkeypatch):
+    """On a file system without locks, too: each makes a file of its own, and any one stays."""
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(37, "No locks available")))
+    fork, expected = multiprocessing.get_context("fork"), load(folder, image_size=100).images.clone()
+    meet = fork.Barrier(3)
+    shutil.rmtree(tmp_path / "data")
+
+    def decode():
+        meet.wait()
+        os._exit(0 if torch.equal(load(folder, image_size=100).images, expected) else 1)
+
+    processes = [fork.Process(target=decode) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(list((tmp_path / "data/decoded").glob("[!.]*"))) == 1
+
+
+def test_waiting_for_who_decodes(folder, tmp_path, capsys, monkeypatch):
+    """Not where the images are there; else it is said once."""
+    load(folder)
+    with open(tmp_path / "data/decoded/.lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        load(folder)
+        assert ": waiting" not in capsys.readouterr().out
+        naps = []
+        nap = lambda seconds: naps.append(1) or len(naps) > 2 and file.close()  # noqa: E731
+        monkeypatch.setattr(time, "sleep", nap)
+        load(folder, image_size=9)
+    assert capsys.readouterr().out.count(f"{tmp_path / 'data/decoded'}: waiting") == 1 and len(naps) == 3
 
 
 def test_folders_that_are_none(folder, tmp_path, capsys):

@@ -11,6 +11,8 @@ import pickle
 import random
 import resource
 import shutil
+import signal
+import sys
 import zipfile
 from pathlib import Path
 from unittest.mock import Mock
@@ -211,11 +213,13 @@ def test_broken_hostile_and_mistaken_files(file, copy, run, unmade, tmp_path):
 
 
 def test_other_peoples_files_and_what_is_no_file(copy, run, tmp_path):
-    witness, path, new = tmp_path / "witness", tmp_path / "own.pt", tmp_path / "new"
+    witness, new = tmp_path / "witness", tmp_path / "new"
+    path = new / "teacher.pt"
+    new.mkdir()
     for what, wrong in foreign(witness).items():
         path.write_bytes(wrong)
-        refuses(lambda: run("train_teacher", [*TEACHER, "--init_from", path], new), path, what=what)
-    assert not witness.exists() and not (new / "teacher.pt").exists()
+        refuses(lambda: run("train_teacher", TEACHER, new), path, what=what)
+    assert not witness.exists() and not (new / "targets.pt").exists()
     os.mkfifo(copy / "sets/fifo.pt")
     refuses(lambda: run("evaluate", [*EVALUATE, "--sets", "fifo"], copy), "fifo.pt", "is not a file")
     path.write_text("precious")
@@ -228,9 +232,9 @@ def test_other_peoples_files_and_what_is_no_file(copy, run, tmp_path):
     ("train_teacher", "--lr", "0.02"), ("train_experts", "--momentum", "0.5"),
     ("distill", "--lr_img", "11.0"), ("evaluate", "--momentum", "0.5")])
 def test_the_wrong_checkpoint(name, option, value, copy, run, capsys, unmade):
-    """It says which option differs, then and now; --restart begins anew; what does not count may differ."""
+    """It says which option differs, then and now; what does not count may differ."""
     argv, path, _ = unmade(CHECKPOINTS[name], killed=True)
-    before, data, words = snapshot(copy), path.read_bytes(), (f"now {option} {value}", "--restart")
+    before, data, words = snapshot(copy), path.read_bytes(), (f"now {option} {value}", "remove it")
     message = refuses(lambda: run(name, [*argv, option, value], copy), path, *words)
     assert message.count(f"{option} ") == 2 and snapshot(copy) == before
     capsys.readouterr()
@@ -238,7 +242,8 @@ def test_the_wrong_checkpoint(name, option, value, copy, run, capsys, unmade):
     assert "going on from" in capsys.readouterr().out and not path.exists()
     unmade(CHECKPOINTS[name])
     path.write_bytes(data)
-    run(name, [*argv, option, value, "--restart"], copy)
+    path.unlink()
+    run(name, [*argv, option, value], copy)
     assert "going on" not in capsys.readouterr().out and not path.exists()
 
 
@@ -325,6 +330,80 @@ def test_a_second_run_in_the_same_folder(name, copy, run, unmade):
     run(name, argv, copy)
 
 
+def test_experts_made_anew_after_a_set(copy, run):
+    """Under the same names: the set was made from others."""
+    run("distill", MKDT, copy)  # nothing to do
+    shutil.copy(copy / "experts/0002.pt", copy / "experts/0001.pt")
+    before = snapshot(copy)
+    refuses(lambda: run("distill", MKDT, copy), copy / "sets/mkdt_random.pt", "other experts than those")
+    assert snapshot(copy) == before
+
+
+@pytest.mark.parametrize("which", ["pipe", "disk"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_nobody_reads_what_it_says(name, which, copy, run, unmade):
+    """`| head -1`, a log on a full disk: after the step all is saved, with a line; it goes on from there."""
+    argv, path, made = unmade(CHECKPOINTS[name])
+    argv += {**LONGER, "train_teacher": ["--epochs", "2"], "evaluate": ["--epochs", "4"]}.get(name, [])
+
+    def prepare():
+        read, write = os.pipe()
+        os.close(read)
+        os.dup2(write if which == "pipe" else os.open("/dev/full", os.O_WRONLY), 1)
+        call, calls = common.Progress.__call__, []
+
+        def second(self, *words, **values):  # is said at once
+            self.said -= 9 * (len(calls) == 1)
+            calls.append(1)
+            call(self, *words, **values)
+
+        common.Progress.__call__ = second
+
+    process = start(name, [*argv, "--out_dir", copy], copy.parent / "errors", prepare)
+    process.join()
+    why = "Broken pipe" if which == "pipe" else "No space left on device"
+    said = f"stopped by {why} of standard output: the same command goes on\n"
+    assert process.exitcode == 128 + signal.SIGPIPE and (copy.parent / "errors").read_text() == said
+    assert common.load(path, {}, "")["step"] == 2 and not made.exists()
+    run(name, argv, copy)
+    assert made.exists() and not path.exists()
+
+
+@pytest.mark.parametrize("stdout", [None, io.StringIO()])
+def test_a_stdout_that_is_closed_or_a_notebooks(stdout, tmp_path):
+    def prepare():
+        signal.signal(signal.SIGTERM, handler)
+        run = common.run
+
+        def wrapped(*words):
+            sys.stdout = stdout
+            run(*words)
+            assert signal.getsignal(signal.SIGTERM) is handler  # as before, for the notebook goes on
+
+        common.run = wrapped
+
+    def handler(*words):
+        pass
+
+    process = start("train_teacher", [*TEACHER, "--out_dir", tmp_path], tmp_path / "errors", prepare)
+    process.join()
+    assert process.exitcode == 0 and (tmp_path / "targets.pt").exists()
+    assert (tmp_path / "errors").read_text() == ""
+
+
+def test_names_that_are_not_utf_8(copy, tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xe4pfel")
+    copy.rename(folder)
+    for path, name, argv in [
+        ("targets.pt", "train_teacher", TEACHER), ("experts/0001.pt", "train_experts", EXPERTS),
+        ("sets/mkdt_random.pt", "distill", MKDT), ("results.jsonl", "evaluate", SETS),
+    ]:
+        (folder / path).unlink()
+        process = start(name, [*argv, "--out_dir", folder], tmp_path / "errors")
+        process.join()
+        assert process.exitcode == 0 and (folder / path).exists(), (tmp_path / "errors").read_text()
+
+
 def test_a_file_system_without_locks(copy, run, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(38, "Function not implemented")))
     run("distill", [*MKDT, "--name", "new"], copy)
@@ -369,12 +448,6 @@ def test_divergence(name, minutes, copy, run, unmade, monkeypatch):
     assert made.exists() and not path.exists()
     steps = [r["step"] for r in common.read_records(copy / f"{LOGS[name]}.jsonl") if "command" in r]
     assert steps[-2:] == [0, int(minutes == 0 and name in ("train_teacher", "distill"))]
-
-
-def test_a_matching_that_ran_off_is_said(copy, run, capsys):
-    run("distill", [*MKDT, "--iters", "10", "--lr_init", "30", "--name", "off"], copy)
-    message = capsys.readouterr().err
-    assert message.startswith("warning: ") and "--lr_img" in message and message.count("\n") == 1
 
 
 CUDA = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 ..."))

@@ -4,13 +4,14 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import DATA, DISTILL, EVALUATE, EXPERTS, ROOT, TEACHER, refuses, run_stage
+from conftest import DATA, DISTILL, EVALUATE, EXPERTS, ROOT, TEACHER, refuses, run_stage, start
 
 import common
 import distill
@@ -184,5 +185,45 @@ def test_torchrun_says_what_is_wrong_once(tmp_path):
 
 
 def test_a_batch_that_does_not_split(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in zip(common.TORCHRUN, ("0", "3", "localhost", "29500")):
+        monkeypatch.setenv(name, value)
     refuses(lambda: train_teacher.parse_args(TEACHER), "--batch_size 50", "a multiple of 3 processes")
+
+
+@pytest.mark.parametrize("variables", [
+    {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "1", "RANK": "1"},
+    dict(zip(common.TORCHRUN, ("2", "2", "localhost", "29500"))),
+    dict(zip(common.TORCHRUN, ("0", "2", "localhost", "x")))])
+def test_variables_that_a_job_scheduler_left(variables, tmp_path, monkeypatch, capsys):
+    """What torchrun would not set is passed over, and said; all the work is done."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    run_stage("train_teacher", [*TEACHER, "--out_dir", tmp_path])
+    said = capsys.readouterr().out
+    assert f"passed over RANK={variables['RANK']}" in said if "RANK" in variables else "passed over" in said
+    assert (tmp_path / "targets.pt").exists() and (common.rank(), common.world_size()) == (0, 1)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "patience"])
+def test_a_process_whose_others_do_not_come(how, tmp_path):
+    """It says for how many it waits; a signal ends it, or after some minutes an error."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def prepare():
+        os.environ.update(zip(common.TORCHRUN, ("0", "2", "localhost", f"{port}")))
+        common.MEET_MINUTES = 0.1 if how == "patience" else 5
+        os.dup2(os.open(tmp_path / "said", os.O_CREAT | os.O_WRONLY), 1)
+
+    process = start("train_teacher", [*TEACHER, "--out_dir", tmp_path], tmp_path / "errors", prepare)
+    process.join(8 if how == "patience" else 5)
+    if how == "patience":
+        process.join(30)
+        error = (tmp_path / "errors").read_text()
+        assert process.exitcode == 2 and error.startswith("error: another process") and "WORLD_SIZE" in error
+    else:
+        os.kill(process.pid, number := getattr(signal, how))
+        process.join(10)
+        assert process.exitcode == -number
+    assert (tmp_path / "said").read_text().startswith("waiting for 1 more process (RANK=0 WORLD_SIZE=2 ")
