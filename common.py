@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import datetime
 import errno
+import functools
 import glob
 import hashlib
 import itertools
@@ -97,28 +98,21 @@ class Dataset(NamedTuple):
 # encoder that was pre-trained at another (the convolutions do not mind, the number of features F changes).
 DATASETS = {
     "digits": Dataset(8, flip=False),
-    "cifar10": Dataset(
-        32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), (50_000, 10_000),
+    "cifar10": Dataset(32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), (50_000, 10_000),
         [("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", None)]),
-    "cifar100": Dataset(
-        32, (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023), (50_000, 10_000),
+    "cifar100": Dataset(32, (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023), (50_000, 10_000),
         [("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", None)]),
-    "tinyimagenet": Dataset(
-        64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (100_000, 10_000),
+    "tinyimagenet": Dataset(64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (100_000, 10_000),
         [("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")]),
-    "aircraft": Dataset(
-        32, (0.4804, 0.5116, 0.5349), (0.2021, 0.1953, 0.2297), (6_667, 3_333),
+    "aircraft": Dataset(32, (0.4804, 0.5116, 0.5349), (0.2021, 0.1953, 0.2297), (6_667, 3_333),
         [("https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz", None)]),
-    "cub2011": Dataset(
-        32, (0.4857, 0.4995, 0.4324), (0.2145, 0.2098, 0.2496), (5_994, 5_794),
+    "cub2011": Dataset(32, (0.4857, 0.4995, 0.4324), (0.2145, 0.2098, 0.2496), (5_994, 5_794),
         [("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
           "97eceeb196236b17998738112f37df78")]),
-    "dogs": Dataset(
-        32, (0.4765, 0.4516, 0.3911), (0.2490, 0.2435, 0.2479), (12_000, 8_580),
+    "dogs": Dataset(32, (0.4765, 0.4516, 0.3911), (0.2490, 0.2435, 0.2479), (12_000, 8_580),
         [("http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", "1bb1f2a596ae7057f99d7d75860002ef"),
          ("http://vision.stanford.edu/aditya86/ImageNetDogs/lists.tar", "edbb9f16854ec66506b5f09b583e0656")]),
-    "flowers": Dataset(
-        32, (0.4329, 0.3820, 0.2965), (0.2828, 0.2333, 0.2615), (1_020, 6_149),
+    "flowers": Dataset(32, (0.4329, 0.3820, 0.2965), (0.2828, 0.2333, 0.2615), (1_020, 6_149),
         [(f"https://thor.robots.ox.ac.uk/flowers/102/{name} (in the folder flowers-102)", None)
          for name in ("102flowers.tgz", "imagelabels.mat", "setid.mat")]),
     "imagefolder": Dataset(32),
@@ -130,7 +124,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".w
 
 
 class ImageSet(NamedTuple):
-    """One split of a data set, on the CPU."""
+    """One split of a data set, on the CPU; the stages have mean and std on the device, for normalise."""
 
     images: torch.Tensor  # (N, C, H, W) uint8; of image files, mapped from DATA_DIR/decoded
     labels: torch.Tensor | None  # (N,) int64; None: there are none
@@ -147,15 +141,14 @@ def parse_dataset(name, data_dir):
     return key, Path(folder or data_dir)
 
 
-def load_images(name, split, data_dir, image_size=None, limit=None):
+def load_images(name, split, data_dir, image_size=None, limit=None, device="cpu"):
     """One split of a data set as an ImageSet; raises Problem where the files cannot be had or read.
 
     Args:
         name: a key of DATASETS, or imagefolder:DIR or images:DIR (DIR defaults to data_dir).
-        split: "train" or "test".
-        data_dir: where downloads and decoded images go.
+        split: "train" or "test"; data_dir: where downloads and decoded images go.
         image_size: pixels, if not the table's; images of another size are squashed to it by Lanczos' filter.
-        limit: keep only so many images, evenly spaced over the split.
+        limit: keep only so many images, evenly spaced over the split; device: of mean and std.
     """
     key, folder = parse_dataset(name, data_dir)
     own_size, mean, std, count, _, flip = DATASETS[key]
@@ -180,7 +173,8 @@ def load_images(name, split, data_dir, image_size=None, limit=None):
         sums = sum(torch.stack([x, x.square()]).sum((1, 3, 4), dtype=torch.float64) for x in parts)
         mean, square = sums * images.shape[1] / images.numel()
         std = (square - mean.square()).clamp(min=1e-4).sqrt()
-    return ImageSet(images, labels, torch.as_tensor(mean).float(), torch.as_tensor(std).float(), flip)
+    mean, std = (torch.as_tensor(moment).float().to(device) for moment in (mean, std))
+    return ImageSet(images, labels, mean, std, flip)
 
 
 def samples(key, split, folder):
@@ -285,8 +279,7 @@ def find_images(folder):
     in, and within a folder of it (a class) each is walked once. Raises Problem if there is no image.
     """
     images, others, hidden = [], [], 0
-    above = {os.path.realpath(parent) for parent in (folder, *folder.absolute().parents)}
-    walked = set()
+    above, walked = {os.path.realpath(parent) for parent in (folder, *folder.absolute().parents)}, set()
 
     def is_new(path):
         where = os.path.relpath(path, folder).split(os.sep)[0], os.path.realpath(path)
@@ -326,12 +319,15 @@ def read_image(path):
         raise Problem("not a file")
     with open(path, "rb") as file, Image.open(file) as image:
         image.load()  # which turns a TIFF upright
-        if image.mode == "F" or 32 in getattr(image, "tag_v2", {}).get(258, ()):  # bits of a TIFF's samples
-            raise Problem("floating-point pixels, or integers of 32 bits: of unknown range")
+        bits, kinds, ink = (getattr(image, "tag_v2", {}).get(tag, ()) for tag in (258, 339, 262))  # of a TIFF
+        odd = {*bits} - {1, 2, 4, 8, 16} or {*kinds} - {1} or (16 in bits and ink == 0)
+        if image.mode == "F" or odd:
+            raise Problem("pixels that are no unsigned integers of up to 8 bits, or 16: of unknown range")
         with contextlib.suppress(Exception):  # no orientation, or no sound one; other tags are not looked at
             image = image.transpose(UPRIGHT[image.getexif()[274]])
         if image.mode.startswith("I"):  # 16 bits; convert would make all above 255 white
             values = np.asarray(image).clip(0, 2**16 - 1) // 256
+            values[np.asarray(image) == image.info.get("transparency", -1)] = 255
             return Image.fromarray(values.astype(np.uint8)).convert("RGB")
         if "transparency" in image.info or "A" in image.getbands():
             image = image.convert("RGBA")
@@ -452,18 +448,17 @@ class ConvNet(nn.Module):
 class ResNet(nn.Sequential):
     """torchvision's ResNet of basic blocks for small images: 3x3 stem of stride 1, no max-pooling, any width.
 
-    blocks (2, 2, 2, 2) is ResNet-18 (the teacher), (1, 1, 1, 1) ResNet-10; strides are those of the four
-    stages. out_dim None: no head, forward(x) is features(x).
+    blocks (2, 2, 2, 2) is ResNet-18 (the teacher), (1, 1, 1, 1) ResNet-10. out_dim None: no head, forward(x)
+    is features(x).
     """
 
-    def __init__(self, blocks=(2, 2, 2, 2), out_dim=None, channels=3, width=64, norm_layer=nn.BatchNorm2d,
-                 strides=(1, 2, 2, 2)):
+    def __init__(self, blocks=(2, 2, 2, 2), out_dim=None, channels=3, width=64, norm_layer=nn.BatchNorm2d):
         from torchvision.models.resnet import BasicBlock
 
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn1, self.relu, inputs = norm_layer(width), nn.ReLU(inplace=True), width
-        for i, (n, stride) in enumerate(zip(blocks, strides)):
+        for i, (n, stride) in enumerate(zip(blocks, (1, 2, 2, 2))):
             outputs, shortcut = width * 2**i, None
             if stride > 1 or inputs != outputs:
                 shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
@@ -586,6 +581,14 @@ def random_crop(x, draw, min_crop, flip):
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
+@functools.lru_cache
+def yiq(device, dtype):
+    """The matrix (3, 3) from RGB to YIQ and its inverse, once for a device."""
+    matrix = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
+    matrix = torch.tensor(matrix, device=device, dtype=dtype)
+    return matrix, matrix.inverse()
+
+
 def random_colours(x, draw, jitter):
     """Colour jitter and greyscale of x (B, C, H, W), in [0, 1]: y = gain M x + (1 - contrast) mean luma.
 
@@ -600,12 +603,11 @@ def random_colours(x, draw, jitter):
     saturation, angle = (on * draw(-s, s) for s in jitter[2:])
     saturation = (1 + saturation) * (draw() >= 0.2).to(x.dtype)
     if channels == 3:
-        to_yiq = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
-        to_yiq = torch.tensor(to_yiq, **to)
+        to_yiq, to_rgb = yiq(x.device, x.dtype)
         cos, sin = saturation * (angle * 2 * math.pi).cos(), saturation * (angle * 2 * math.pi).sin()
         turn = torch.zeros(b, 3, 3, **to)
         turn[:, 0, 0], turn[:, 1, 1], turn[:, 2, 2], turn[:, 1, 2], turn[:, 2, 1] = 1, cos, cos, -sin, sin
-        matrix, luma = to_yiq.inverse() @ turn @ to_yiq, to_yiq[0]
+        matrix, luma = to_rgb @ turn @ to_yiq, to_yiq[0]
     else:
         matrix = torch.eye(channels, **to).expand(b, -1, -1)
         luma = torch.full((channels,), 1 / channels, **to)
@@ -712,8 +714,7 @@ class Parser(argparse.ArgumentParser):
         data = self.add_argument_group("data and files")
         data.add_argument("--dataset", default="cifar10", help="D_real: " + DATASET_HELP)
         data.add_argument("--data_dir", default="data", help="of downloads and of decoded images")
-        pixels = "pixels (default: the data set's; folders: 32)"
-        data.add_argument("--image_size", type=at_least(1, int, 4096), help=pixels)
+        data.add_argument("--image_size", type=at_least(1, int, 4096), help="pixels (default: its own; 32)")
         data.add_argument("--limit", type=positive, help="use so many images of each split, evenly spaced")
         data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
 
@@ -732,8 +733,8 @@ class Parser(argparse.ArgumentParser):
         often = "from one checkpoint to the next, from which the same command goes on; 0: after each step"
         run.add_argument("--checkpoint_minutes", type=at_least(0, float, 1e6), default=5.0, help=often)
         if compile:
-            fused = "torch.compile a student's step (SSL: of experts only): faster, after a minute or two"
-            run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=fused)
+            run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                             help="torch.compile a student's step (SSL: of experts only): faster")
 
     def error(self, message):
         raise Problem(message)
@@ -805,12 +806,12 @@ def set_up(args):
         waiting = threading.Timer(3, print, [f"waiting for {more}"], {"flush": True})
         waiting.start()
         patience, forever = datetime.timedelta(minutes=MEET_MINUTES), datetime.timedelta(days=30)
-        with on_signals(signal.SIG_DFL):  # Python hears of none while it waits in C++
+        with on_signals(signal.SIG_DFL), contextlib.ExitStack() as stack:  # Python hears of none in C++
+            stack.callback(waiting.cancel)
             store = next(torch.distributed.rendezvous("env://", timeout=patience))[0]
             torch.distributed.init_process_group(  # who is done waits for the slowest
                 "nccl" if cuda else "gloo", store=store, rank=rank(), world_size=world_size(),
                 timeout=forever, device_id=torch.device(args.device) if cuda else None)
-        waiting.cancel()
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first process speaks for all
 
@@ -823,7 +824,7 @@ def torchrun():
     """(this process's number, how many there are) if torchrun has started it, by its variables; else None."""
     with contextlib.suppress(KeyError, ValueError):
         number, count, port = (int(os.environ[name]) for name in TORCHRUN if name != "MASTER_ADDR")
-        if 0 <= number < count and 0 < port < 2**16 and os.environ["MASTER_ADDR"]:
+        if 0 <= number < count < 2**31 and 0 < port < 2**16 and os.environ["MASTER_ADDR"].isascii():
             return number, count
 
 
@@ -844,9 +845,11 @@ def wait_for_all():
 
 
 def add_up(*tensors):
-    """Replace each of the tensors by its sum over the processes."""
-    for tensor in tensors if world_size() > 1 else ():
-        torch.distributed.all_reduce(tensor)
+    """Replace each of the tensors by its sum over the processes, which exchange one vector."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(flat := torch.cat([tensor.flatten() for tensor in tensors]))
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
 
 
 def in_precision(f, precision):
@@ -885,12 +888,16 @@ def place(tensor, device):
     return tensor if large else tensor.to(device)
 
 
+def send(tensor, device):
+    """The tensor on the device, which still computes meanwhile if it is a GPU: nothing waits for it."""
+    if tensor.device.type == "cpu" and str(device).startswith("cuda"):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def fetch(tensor, rows, device):
     """tensor[rows] on the device; rows: an index tensor or a slice."""
-    part = tensor[rows.to(tensor.device) if torch.is_tensor(rows) else rows]
-    if part.device.type == "cpu" and str(device).startswith("cuda"):
-        return part.pin_memory().to(device, non_blocking=True)  # while the device still computes
-    return part.to(device)
+    return send(tensor[send(rows, tensor.device) if torch.is_tensor(rows) else rows], device)
 
 
 # ---- Files, log, checkpoint --------------------------------------------------------------------------------
@@ -1014,7 +1021,7 @@ def load(path, keys, made_by, mmap=False):
             mmap = mmap and os.path.exists("/dev/fd")
             source = f"/dev/fd/{file.fileno()}" if mmap else file  # torch takes no name that is not UTF-8
             contents = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
-        contents = {key: v.detach() if torch.is_tensor(v) else v for key, v in contents.items()}
+        contents = {f"{key}": v.detach() if torch.is_tensor(v) else v for key, v in contents.items()}
         json.dumps({name: {**made} for name, made in contents.get("options", {}).items()})  # plain values
         for key, ndim in keys.items():
             value = contents[key]
@@ -1022,6 +1029,7 @@ def load(path, keys, made_by, mmap=False):
                 raise ValueError(f"its {key!r} is no number above 0, of 1e12 at most")
             found = f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
             if ndim and not (torch.is_tensor(value) and (value.dtype, value.ndim) == (torch.float32, ndim)
+                             and value.numel()
                              and all(part.isfinite().all() for part in value.split(10_000))):
                 raise ValueError(f"its {key!r}, {found}, is no finite float32 tensor of {ndim} dimensions")
     except PermissionError:
@@ -1048,7 +1056,7 @@ def load_targets(args, objective="kd"):
     if objective not in SSL and objective != "supervised":  # before images, which may take minutes to decode
         made_by = f"train_teacher.py --dataset {args.dataset} --out_dir {args.out_dir}"
         contents = load(path, {"targets": 2}, made_by, mmap=True)
-    train = load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
+    train = load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit, args.device)
     n, here = len(train.images), fingerprint(train.images)
     targets = contents.get("targets", torch.zeros(n, 0))
     if objective == "supervised":
@@ -1193,26 +1201,24 @@ class Progress:
         if stop.signal or (done < self.total and now - self.said < 5):
             return  # after a signal, too: what it goes to may be gone
         self.said, spent = now, now - self.started
-        values = {name: v.item() if torch.is_tensor(v) else v for name, v in values.items()}
-        texts = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in values.items()}
+        texts = {n: v if isinstance(v, int | str | Path) else f"{float(v):.4g}" for n, v in values.items()}
         shown = "".join(f"{name.replace('_', ' ')} {text}, " for name, text in texts.items())
         left = spent / max(done - self.before, 1) * (self.total - done)
         try:
             print(f"{self.what} {done}/{self.total}: {shown}{spent:.0f} s, {left:.0f} s left", flush=True)
-        except OSError as error:  # the reader of a pipe has ended, or the disk of a log is full
-            stop.why = f"{error.strerror} of standard output"
-            stop(signal.SIGPIPE, frame=True)
+        except OSError as error:
+            stop(13, frame=True, why=f"{error.strerror} of standard output")  # as SIGPIPE would
 
 
-def stop(number, frame=None):
+def stop(number, frame=None, why=None):
     """SIGTERM and Ctrl-C: the step under way is finished, for tick to save; a later Ctrl-C does not wait."""
+    stop.why = stop.why or why or signal.Signals(number).name
     later = number == signal.SIGINT and stop.signal and time.monotonic() - stop.at > 1
     if frame and Checkpoint.under_way and not later:  # run_all.sh passes Ctrl-C on as SIGTERM
         stop.signal, stop.at = stop.signal or number, stop.at or time.monotonic()
         return
     with contextlib.suppress(OSError, RuntimeError):  # what it is piped to may be gone, or be in use just now
-        why = stop.why or signal.Signals(number).name
-        print(f"stopped by {why}: the same command goes on", file=sys.stderr, flush=True)
+        print(f"stopped by {stop.why}: the same command goes on", file=sys.stderr, flush=True)
     os._exit(128 + number)  # no traceback; all files are whole at any time
 
 
@@ -1242,7 +1248,10 @@ def run(main, parse_args):
     """main(parse_args()), for the command line: a Problem ends in one line on stderr and exit status 2."""
     keep_memory()
     warnings.filterwarnings("ignore", module=r"(PIL|sklearn)\.")  # what is wrong is said in a line
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  it may be closed
+    while (free := os.open(os.devnull, os.O_RDWR)) < 3:  # one that is closed would be the next file's
+        pass
+    os.close(free)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     with contextlib.suppress(AttributeError):  # of a notebook
         sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to stop
     try:
@@ -1254,12 +1263,13 @@ def run(main, parse_args):
     except Problem as error:
         text = f"{error}"
     except OSError as error:
-        unheard = error.errno in (errno.EPIPE, errno.ENOSPC)
-        text = f"{error.filename or ('standard output' if unheard else 'a file')}: {error.strerror or error}"
+        if not error.filename and error.errno in (errno.EPIPE, errno.ENOSPC):
+            stop(13, why=f"{error.strerror} of standard output")
+        text = f"{error.filename or 'a file'}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:
         text = f"{error}".partition("\n")[0]
         hint = "out of memory: choose smaller batches or a smaller --width"
-        if re.search("gloo|NCCL|Connection|client", text):
+        if isinstance(error, torch.distributed.DistError) or re.search("gloo|NCCL|Connection", text):
             hint = "another process ended or cannot be reached; its message or torchrun's report says why; "
             hint += "without torchrun unset " + ", ".join(TORCHRUN)
         elif isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory|ALLOC_FAILED", text):

@@ -45,8 +45,7 @@ INITS = ["high_loss", "random", "sas"]
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    name = "of the set (default: METHOD_INIT, subset_INIT, subset_INIT_auto; _seedN if not 0)"
-    parser.add_argument("--name", help=name)
+    parser.add_argument("--name", help="of the set (default: METHOD_INIT, subset_INIT[_auto], _seedN)")
     parser.add_student_options()
     syn = parser.add_argument_group("synthetic set D_syn, Z_syn")
     syn.add_argument("--method", choices=RECIPES, default="mkdt", help="how it is learnt")
@@ -61,14 +60,12 @@ def parse_args(argv=None):
     lrs = "of pixels (default: 1e3, krr_st, with targets: 1e-4; paper at 5 %%: 1e4, tiny: 1e5, krr_st 1e-5)"
     learn.add_argument("--lr_img", type=number, help=lrs)
     learn.add_argument("--lr_lr", type=number, default=1e-4, help="lr of alpha_syn")
-    logarithm = "learn log alpha_syn, which --lr_lr is then the lr of (the paper: alpha_syn itself)"
-    learn.add_argument("--log_lr", action="store_true", help=logarithm)
+    learn.add_argument("--log_lr", action="store_true", help="learn log alpha_syn (the paper: itself)")
     learn.add_argument("--lr_targets", type=number, default=0.0, help="lr of Z_syn (authors' code: 1)")
     learn.add_argument("--momentum", type=number, default=0.5, help="of the SGD on pixels, lr, Z_syn")
-    decay = "of all rates, linear, to this share in the end (default: 1, none; krr_st 1e-3)"
-    learn.add_argument("--decay", type=common.at_least(0, float, 1), help=decay)
-    clip = "largest norm of the pixels' gradient: if more, all gradients shrink in proportion (paper: any)"
-    learn.add_argument("--clip_grad", type=number, help=clip)
+    learn.add_argument("--decay", type=common.at_least(0, float, 1),
+                       help="of all rates, linear, to this share in the end (default: 1, none; krr_st 1e-3)")
+    learn.add_argument("--clip_grad", type=number, help="largest norm of the pixels' gradient (paper: any)")
     match = parser.add_argument_group("trajectory matching (eq. 4 and 8)")
     match.add_argument("--syn_steps", type=positive, default=40, help="N, steps on D_syn (tinyimagenet: 10)")
     match.add_argument("--expert_epochs", type=positive, default=2, help="M, epochs of the expert to match")
@@ -202,7 +199,7 @@ def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0, fu
     Returns theta_N (P,).
     """
     lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device)
-    batches = [batch.to(images.device) for batch in batches]
+    batches = [common.send(batch, images.device) for batch in batches]
     gradient, reverse = functions or step_functions(loss_fn)
     return _StudentSteps.apply(theta, images, targets, lr, gradient, reverse, batches, momentum)
 
@@ -264,7 +261,7 @@ def draw(args, size, trajectories, *key, max_start=None):
     t = torch.randint(max_start or args.max_start_epoch, (), generator=draws).item()
     smallest = 2 if args.objective in common.SSL else 1  # one image has nothing to be contrasted with
     batches = common.shuffled(size, args.batch_syn, args.seed, *key, smallest=smallest)
-    start, goal = (trajectories[k][epoch].to(args.device) for epoch in (t, t + args.expert_epochs))
+    start, goal = (common.send(trajectories[k][epoch], args.device) for epoch in (t, t + args.expert_epochs))
     return start, goal, list(itertools.islice(batches, args.syn_steps)), {"expert": k, "start_epoch": t}
 
 
@@ -469,7 +466,7 @@ def save_set(path, syn, indices, data, made):
     save_picture(path.with_suffix(".png"), syn.start, syn.images.detach(), data)
     images, targets, lr = syn.images.detach().cpu(), syn.targets.detach().cpu(), syn.lr().item()
     common.save(path, {"images": images, "targets": targets, "lr": lr, "indices": indices,
-                       "mean": data.mean, "std": data.std, **made})
+                       "mean": data.mean.cpu(), "std": data.std.cpu(), **made})
     print(f"wrote {path} and .png: {len(images)} images, lr {lr:.4f}")
 
 

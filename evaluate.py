@@ -79,20 +79,17 @@ def parse_args(argv=None):
     parser.add_argument("--paper", choices=[f"table{i}" for i in range(1, 8)], metavar="TABLE", help=paper)
     net = parser.add_argument_group("encoder f_S, as in train_experts.py, or a larger one (Table 5)")
     net.add_argument("--arch", choices=["convnet", "resnet10", "resnet18"], default="convnet", help="network")
-    net.add_argument("--norm", choices=["batch", "instance"], default="batch", help="of a ResNet")
     net.add_argument("--width", type=positive, help="channels (default: 128; of a ResNet's first stage 64)")
     net.add_argument("--depth", type=positive, help=common.DEPTH_HELP)
     pre = parser.add_argument_group("pre-training (eq. 9)")
     pre.add_argument("--epochs", type=positive, default=20, help="over the set")
-    steps = "a curve: these numbers of steps instead of --epochs, an encoder each"
-    pre.add_argument("--probe_at", type=positive, nargs="+", metavar="STEPS", help=steps)
+    pre.add_argument("--probe_at", type=positive, nargs="+", metavar="STEPS", help="a curve, for --epochs")
     pre.add_argument("--krr_st_epochs", type=positive, default=1000, help="the same with KRR-ST's recipe")
     pre.add_argument("--batch_size", type=positive, default=256, help="images a step")
     pre.add_argument("--lr", type=number, default=0.1, help="for full data; a set brings its own, alpha_syn")
     pre.add_argument("--momentum", type=number, default=0.9, help="of SGD")
     pre.add_argument("--weight_decay", type=number, default=1e-4, help="of SGD")
-    mirror = "show each image mirrored in half of the steps (the paper: no); digits never"
-    pre.add_argument("--mirror", action="store_true", help=mirror)
+    pre.add_argument("--mirror", action="store_true", help="mirror half of the images (digits never)")
     pre.add_argument("--ssl_lr", type=number, default=1e-3, help="of Adam, for SSL (appendix A.2)")
     probe = parser.add_argument_group("linear probe (eq. 3), or full fine-tuning (appendix B)")
     protocols = "finetune: as MKDT's authors; _slow: with a tenth of the lr for the body; _krr_st: as KRR-ST"
@@ -102,8 +99,7 @@ def parse_args(argv=None):
     labelled = "labelled part (default: 0.01 0.05; fine-tuning: 1)"
     probe.add_argument("--fractions", type=common.at_least(1e-9, float, 1), nargs="+", help=labelled)
     probe.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="of weights and labels")
-    val = "val: on every fifth training image, whose labels are held out; to choose options by"
-    probe.add_argument("--split", choices=["test", "val"], default="test", help=val)
+    probe.add_argument("--split", choices=["test", "val"], default="test", help="val: of the training images")
     parser.add_run_options()
     args = parser.parse_args(argv)
     args.downstream = args.downstream or [args.dataset]
@@ -133,11 +129,7 @@ def make_encoder(args, out_dim, image_size, channels):
     if args.arch == "convnet":
         return common.make_student(out_dim, image_size, channels, args.width, args.depth)
     blocks = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}[args.arch]
-    if args.norm == "batch":
-        return common.ResNet(blocks, out_dim, channels, args.width)
-    # A last map of 1 x 1 would be 0 under instance norm: images below 16 px are halved once less.
-    strides = (1, 2, 2, 2 if image_size >= 16 else 1)
-    return common.ResNet(blocks, out_dim, channels, args.width, lambda w: nn.GroupNorm(w, w), strides)
+    return common.ResNet(blocks, out_dim, channels, args.width)
 
 
 def mirrored(images, generator):
@@ -309,7 +301,7 @@ def load_set(path, data, out_dim, made, args):
 def load_downstream(name, args, channels):
     """(train, test, id of both) of a downstream data set; for --split val, of its training images alone."""
     size = args.image_size if name == args.dataset else None
-    train = test = common.load_images(name, "train", args.data_dir, size, args.limit)
+    train = test = common.load_images(name, "train", args.data_dir, size, args.limit, args.device)
     n = len(train.images)
     if train.images.shape[1] != channels:
         raise Problem(f"--downstream {name}: has {train.images.shape[1]} channels, the students {channels}")
@@ -551,7 +543,7 @@ def save_figure(path, table, rows, downstream, fractions, steps):
             stds = [np.sqrt(a.var(1, ddof=1).mean()) if a.shape[1] > 1 else 0 for a in values]
             means = [a.mean() for a in values]
             lines[row_title(row)] = panel.errorbar(x, means, stds, capsize=3, color=colour)
-        title = names[d] + (f", {100 * f:g} % labels" if curve else "")
+        title = names[d].encode("utf-8", "replace").decode() + (f", {100 * f:g} % labels" if curve else "")
         what = "steps of pre-training" if curve else "labelled images in %"
         panel.set(title=title, xlabel=what, ylabel="accuracy in %", xscale="log")
         panel.set_xticks(x, [f"{tick:g}" if curve else f"{100 * tick:g}" for tick in x])
@@ -576,10 +568,8 @@ def caption(args, rows, downstream, budgets, paper):
     ]
     if BASE in rows and len(rows) > 1:
         texts.append("Differences to the random subset: paired by seed, ± standard error.")
-    if args.mirror:
-        texts.append("Images are mirrored at random in pre-training.")
-    if args.precision != "fp32":
-        texts.append(f"Precision: {args.precision}.")
+    texts += ["Images are mirrored at random in pre-training."] * args.mirror
+    texts += [f"Precision: {args.precision}."] * (args.precision != "fp32")
     if args.paper:
         known = any(d in downstream and (f, None) in budgets for _, d, f in paper)
         known = "three seeds, std with divisor n, from results/paper.csv" if known else "not known here"
@@ -597,17 +587,17 @@ def write_tables(args, table, rows, downstream, paper):
     with common.replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     print(f"\n{text}wrote {path} and results.jsonl", flush=True)
+    (figure := path.with_suffix(".png")).unlink(missing_ok=True)  # the one of another table
     try:
-        save_figure(path.with_suffix(".png"), table, rows, args.downstream, args.fractions, args.probe_at)
+        save_figure(figure, table, rows, args.downstream, args.fractions, args.probe_at)
     except Exception as error:  # whatever is wrong with matplotlib: the figure is an extra
-        why = f"{error}".partition("\n")[0]
-        print(f"its figure is left out; it needs matplotlib, which can be installed by pip ({why})")
+        print(f"{figure} is left out, it needs matplotlib:", f"{error}".partition("\n")[0])
 
 
 def main(args):
     common.set_up(args)
-    as_paper = args.paper and args.protocol == "linear" and (args.arch == "convnet" or args.norm == "batch")
-    paper = read_paper(args.paper, args.dataset, args.arch) if as_paper else {}
+    shown = args.paper and args.protocol == "linear"
+    paper = read_paper(args.paper, args.dataset, args.arch) if shown else {}
     data, all_targets, made = common.load_targets(args)
     args.mirror = args.mirror and data.flip
     out_dim, channels = all_targets.shape[1], data.images.shape[1]

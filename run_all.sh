@@ -20,6 +20,7 @@
 #   TEACHER EXPERTS DISTILL KRR_ST EVALUATE: further options of a stage; STUDENT: of all but the teacher
 #   IMAGE_SIZE  PROCESSES=1 (by torchrun, one a GPU)  DATA_DIR=data  OUT=runs  PYTHON=python  DRY_RUN=1
 set -euf -o pipefail # f: a * in a variable is no file name
+unset CDPATH
 refuse() { echo "error: $*; bash run_all.sh --help says more" >&2; exit 2; }
 [ -f train_teacher.py ] || refuse "there is no train_teacher.py here: start run_all.sh in its own folder"
 case ${1:-} in -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' run_all.sh; exit ;; esac
@@ -34,16 +35,17 @@ case ${1:-} in
 esac
 if [ "${1:-}" = rehearse ]; then rehearse=_rehearsal preset=${preset:-digits}; shift; fi
 [ $# = 0 ] || refuse "'$1' is not understood"
+for name in SETS SEEDS DISTILL_SEEDS DOWNSTREAM; do [[ ${!name-} = *[![:space:]]* ]] || unset $name; done # blank: the default
 OUT=${OUT:-runs} RECIPE=${RECIPE:-paper} DISTILL_SEEDS=${DISTILL_SEEDS:-0}
 case $RECIPE in paper | best) ;; *) refuse "RECIPE=$RECIPE: choose paper or best" ;; esac
 [[ "$DISTILL_SEEDS ${SEEDS:-0}" =~ ^([0-9]{1,9}(\ +|$))+$ ]] || refuse "DISTILL_SEEDS and SEEDS: give whole numbers"
-[[ ${FRACTION:-1} =~ ^(1|0?\.[0-9]+)$ ]] || refuse "FRACTION=$FRACTION: give a number up to 1, such as 0.02"
+[[ ${FRACTION:-1} =~ ^(1|0?\.0*[1-9][0-9]*)$ ]] || refuse "FRACTION=$FRACTION: give a number up to 1, such as 0.02"
 case ${PROCESSES:-1} in *[!0-9]* | 0*) refuse "PROCESSES=$PROCESSES: give a whole number from 1" ;; esac
 case ${SSL:-simclr} in simclr | barlow_twins) ;; *) refuse "SSL=$SSL: choose simclr or barlow_twins" ;; esac
 init="(random|high_loss|sas)" how="(:(kd|krr_st|simclr|barlow_twins|SSL))?"
 known="^(none|full|subset_$init(_auto)?|(mkdt|best)_$init(_[1-9][0-9]*)?|krr_st_$init)$how$"
 for row in ${SETS:-}; do # a set of one's own must be there
-  [[ $row =~ $known || $row =~ ^[^:]*$how$ && -n $(compgen -G "$OUT/*/sets/${row%%:*}.pt") ]] ||
+  [[ $row =~ $known || $row =~ ^[^:]*$how$ && -n $(set +f; ls -d "$OUT"/*/sets/"${row%%:*}.pt" 2> /dev/null) ]] ||
     refuse "SETS: '$row' is unknown"
   [[ $RECIPE-$row != paper-best_* && $RECIPE-$row != best-mkdt_* ]] || refuse "SETS: '$row' is not of RECIPE=$RECIPE"
 done
@@ -57,7 +59,7 @@ while read -r name; do
   judged+=("$name")
 done < <([ -z "${DOWNSTREAM:-}" ] || xargs -n 1 printf '%s\n' <<< "$DOWNSTREAM" 2>&1)
 only="fraction|init|seed|name|method|dataset|data_dir|out_dir|image_size|limit|width|depth" # all rows or none
-[[ ! " ${DISTILL:-} ${KRR_ST:-} " =~ \ --($only)[\ =] ]] ||
+[[ ! " ${DISTILL:-} ${KRR_ST:-} " =~ [[:space:]]--($only)[[:space:]=] ]] ||
   refuse "DISTILL and KRR_ST: --${BASH_REMATCH[1]} would make some rows unlike others; use FRACTION, SETS, STUDENT ..."
 [ -n "${DRY_RUN:-}" ] || command -v "${PYTHON:-python}" > /dev/null || refuse "PYTHON=${PYTHON:-python}: not found"
 [ "$preset" != images ] || [ -n "${DOWNSTREAM:-}" ] || [ "$table" = figure1 ] ||
@@ -68,7 +70,7 @@ presets=cifar100 default_ssl=barlow_twins default_fraction=0.02 labels="0.01 0.0
 rows="none subset_random subset_sas subset_high_loss mkdt_random mkdt_high_loss full"
 rows+=" subset_random_auto subset_high_loss_auto"
 every="$rows krr_st_random subset_random:SSL subset_random:krr_st krr_st_random:krr_st mkdt_random:krr_st"
-three="cifar10 cifar100 tinyimagenet" resnets="resnet10_batch resnet18_batch resnet10_instance resnet18_instance"
+three="cifar10 cifar100 tinyimagenet" resnets="resnet10 resnet18"
 case $table in
   '') presets=digits ;;
   table1) presets=cifar10 rows=$every ;;
@@ -223,7 +225,7 @@ judge() { # the tables of this preset; of a table of the paper, all together in 
     name=${table:-results} words="--fractions $labels"
     [ $protocol = linear ] || name+=_$protocol
     case $protocol in
-      resnet*) words+=" --arch ${protocol%_*} --norm ${protocol#*_}" ;;
+      resnet*) words+=" --arch $protocol" ;;
       finetune*) words="--protocol $protocol" ;;
     esac
     [[ $table != table* ]] || words+=" --paper $table"
@@ -236,7 +238,7 @@ judge() { # the tables of this preset; of a table of the paper, all together in 
 
 suffix=${folder:+_$(basename "$folder")} suffix=${suffix:-${preset:+_$preset}}
 result=$OUT/$table$suffix$([ "$RECIPE" = paper ] || echo _best)$rehearse.md
-rm -f "$result.$$.tmp"
+rm -f -- "$result.$$.tmp"
 for preset in ${preset:-$presets}; do
   options $preset
   teach || continue

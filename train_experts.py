@@ -40,8 +40,7 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     parser.add_student_options()
     kd = parser.add_argument_group("expert trajectories (eq. 7)")
-    objectives = "the students' loss: the paper's, kd, or what section 4.1 sets it against"
-    kd.add_argument("--objective", choices=RECIPES, default="kd", help=objectives)
+    kd.add_argument("--objective", choices=RECIPES, default="kd", help="loss (others: section 4.1)")
     kd.add_argument("--num_experts", type=positive, default=100, help="K")
     kd.add_argument("--first_expert", type=natural, default=0, help="the first's number (to split K up)")
     kd.add_argument("--same_init", action="store_true", help="all start from the weights that expert 0 draws")

@@ -265,8 +265,9 @@ def make_teacher(data, args, made, log, checkpoint):
         except (RuntimeError, AttributeError, TypeError, ValueError):
             raise Problem(f"{path}: is of no ResNet-18 with a 3x3 stem, --width {args.width} and the images' "
                           "colour channels; give its --width, or move it away") from None
-        if not all(v.isfinite().all() for v in encoder.state_dict().values()):
-            raise Problem(f"{path}: its numbers are not all finite; move it away")
+        kinds = {v.dtype for v in there["encoder"].values()} - {torch.float32, torch.int64}
+        if kinds or not all(v.isfinite().all() for v in encoder.state_dict().values()):
+            raise Problem(f"{path}: its numbers are not all float32 and finite; move it away")
     encoder = encoder.to(args.device, memory_format=common.layout(args.width))
     if there:
         log.begin()
@@ -323,7 +324,8 @@ def main(args):
     if there and (args.encoder or not checkpoint.exists() or "options" not in there):
         print(f"{targets_path} is there: nothing to do")
         return
-    data = common.load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
+    source = args.dataset, "train", args.data_dir, args.image_size, args.limit
+    data = common.load_images(*source, args.device)
     test = load_test(args, data)  # now, so that a fault shows before the training
     if args.epochs and args.batch_size > len(data.images):
         raise Problem(f"--batch_size {args.batch_size}: there are {len(data.images)} images; choose less")
@@ -332,7 +334,7 @@ def main(args):
         encoder = make_teacher(data, args, made, log, checkpoint)
         f, batch = lambda x: encoder(common.normalise(x, data)), 500
     if common.rank() > 0:  # what follows is one's work
-        return
+        return common.wait_for_all()  # for NCCL ends with all
     if args.encoder:
         f, batch = load_pretrained(args.encoder, args.device), 64
         log.begin()
@@ -342,15 +344,17 @@ def main(args):
     common.save(targets_path, {**contents, **made})
     try:  # which only informs
         if test:
-            x, y = (part[:: math.ceil(len(part) / 50_000)] for part in (features, data.labels))  # for memory
-            accuracy = common.probe_accuracy(x, y, represent(f, test.images, batch, args), test.labels)
+            some = slice(0, None, math.ceil(len(features) / 50_000))  # more would not fit in memory
+            parts = features[some], data.labels[some], represent(f, test.images, batch, args), test.labels
+            accuracy = common.probe_accuracy(*(part.to(args.device) for part in parts))
             log.write(probe_accuracy=accuracy)
-            print(f"linear probe of the teacher's features, {len(x)} labels: {accuracy:.2f} % test accuracy")
+            print(f"linear probe of the teacher, {len(parts[1])} labels: {accuracy:.2f} % test accuracy")
     except Problem as problem:
         print(f"the teacher's features are not probed: {problem}")
     if not args.encoder:
         checkpoint.unlink(missing_ok=True)
     print(f"wrote {targets_path}: targets of {tuple(contents['targets'].shape)}")
+    common.wait_for_all()
 
 
 if __name__ == "__main__":

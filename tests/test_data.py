@@ -379,8 +379,10 @@ def test_images_of_sixteen_bits(folder):
     ramp = np.linspace(0, 2**16 - 1, 32).round().astype(np.uint16)
     for name in ("x.png", "y.tiff"):
         Image.fromarray(np.tile(ramp, (32, 1))).save(folder / f"train/a/{name}")
-    expected = torch.from_numpy((ramp // 256).astype(np.uint8)).expand(2, 3, 32, 32)
-    assert torch.equal(load(folder).images[1:3], expected)
+    Image.fromarray(np.tile(ramp, (32, 1))).save(folder / "train/a/z.png", transparency=0)
+    expected = torch.from_numpy((ramp // 256).astype(np.uint8)).repeat(3, 3, 32, 1)
+    expected[2, :, :, 0] = 255  # the shade 0 is transparent there
+    assert torch.equal(load(folder).images[1:4], expected)
 
 
 def test_transparency_is_laid_over_white(folder, recwarn):
@@ -426,6 +428,11 @@ def test_images_that_cannot_be_read_say_why(folder, monkeypatch):
     for pixels in (np.zeros((9, 9), "i4"), np.full((9, 9), 255, "i4"), np.zeros((9, 9), "f4")):
         Image.fromarray(pixels).save(path)
         refuses(lambda: load(folder), "1 of 4 images", path, "of unknown range")
+    for tag, value in ((258, 12), (339, 2), (262, 0)):  # bits, signed, white is 0
+        Image.fromarray(np.zeros((9, 9), "u2")).save(path, tiffinfo={339: 1})
+        begin = (data := path.read_bytes()).index(struct.pack("<H", tag))
+        path.write_bytes(data[: begin + 8] + struct.pack("<H", value) + data[begin + 10 :])
+        refuses(lambda: load(folder), path)
     text = PngInfo()
     text.add_text("comment", "x" * 2_000_000, zip=True)
     Image.new("RGB", (9, 9)).save(path, "PNG", pnginfo=text)

@@ -10,8 +10,10 @@ import os
 import pickle
 import random
 import resource
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -20,7 +22,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import DISTILL, EVALUATE, EXPERTS, TEACHER, refuses, run_stage, start
+from conftest import DISTILL, EVALUATE, EXPERTS, ROOT, TEACHER, refuses, run_stage, start
 
 import common
 
@@ -144,6 +146,7 @@ def mistaken(contents, path):
         found += [((name,), "another", "0123456789abcdef") for name in ("targets_id", "images_id")]
         found += [(("images_id",), "a tensor", torch.zeros(1)), (("targets_id",), "a number", 3)]
         found += [(("lr",), value, value) for value in (0, -1.0, math.nan, "x", True)]
+        found += [(path, "nothing in it", tensor[:, :0])] if tensor.ndim == 2 else []
     found += [(("options",), "a list", [1]), (("options",), "tensors", {"x": {"y": torch.ones(2)}})]
     known = [(keys, what, value) for keys, what, value in found if keys[0] in contents]
     return {f"{'.'.join(k)}: {what}": packed(changed(contents, k, value)) for k, what, value in known}
@@ -389,6 +392,15 @@ def test_a_stdout_that_is_closed_or_a_notebooks(stdout, tmp_path):
     process.join()
     assert process.exitcode == 0 and (tmp_path / "targets.pt").exists()
     assert (tmp_path / "errors").read_text() == ""
+
+
+def test_no_file_takes_the_place_of_a_closed_descriptor():
+    """What C code writes to stderr would get into it."""
+    script = "import common, os; common.run(lambda args: None, list); print(os.open(os.devnull, 0))"
+    shell = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)}"
+    for closed in ("", "2>&-", "<&-", "<&- 2>&-"):
+        done = subprocess.run(f"{shell} {closed}", shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and int(done.stdout) >= 3, closed
 
 
 def test_names_that_are_not_utf_8(copy, tmp_path):

@@ -193,7 +193,8 @@ def test_a_batch_that_does_not_split(monkeypatch):
 @pytest.mark.parametrize("variables", [
     {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "1", "RANK": "1"},
     dict(zip(common.TORCHRUN, ("2", "2", "localhost", "29500"))),
-    dict(zip(common.TORCHRUN, ("0", "2", "localhost", "x")))])
+    dict(zip(common.TORCHRUN, ("0", "2", "localhost", "x"))),
+    dict(zip(common.TORCHRUN, ("0", "9" * 20, "localhost", "29500")))])
 def test_variables_that_a_job_scheduler_left(variables, tmp_path, monkeypatch, capsys):
     """What torchrun would not set is passed over, and said; all the work is done."""
     for name, value in variables.items():
@@ -227,3 +228,18 @@ def test_a_process_whose_others_do_not_come(how, tmp_path):
         process.join(10)
         assert process.exitcode == -number
     assert (tmp_path / "said").read_text().startswith("waiting for 1 more process (RANK=0 WORLD_SIZE=2 ")
+
+
+def test_a_port_in_use(tmp_path):
+    with socket.socket() as used:
+        used.bind(("localhost", 0))
+        used.listen()
+
+        def prepare():
+            os.environ.update(zip(common.TORCHRUN, ("0", "2", "localhost", f"{used.getsockname()[1]}")))
+
+        process = start("train_teacher", [*TEACHER, "--out_dir", tmp_path], tmp_path / "errors", prepare)
+        process.join()
+    error = (tmp_path / "errors").read_text()
+    assert process.exitcode == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert "MASTER_PORT" in error
