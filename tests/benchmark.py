@@ -4,6 +4,7 @@
     python tests/benchmark.py --device cuda
     python tests/benchmark.py --only iteration experts
     python tests/benchmark.py --scale          # instead: how time and memory grow with sizes, a table
+    python tests/benchmark.py --device fake    # instead: what an iteration asks of a GPU, counted without one
 
 Each measurement has two processes, which are warmed up and then run in turn, so that both see the same load
 of the machine; shown are medians, and the median of the ratios. The baselines are written here, after the
@@ -25,13 +26,17 @@ import statistics
 import sys
 import tempfile
 import time
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
@@ -56,24 +61,25 @@ def unrolled_steps(loss_fn, theta, images, targets, lr, batches):
 
 def iteration(side, device):
     """One distillation iteration: N inner steps, the matching loss, its gradient in pixels and lr."""
-    steps, batch = (40, 256) if device.startswith("cuda") else (10, 128)
-    to = dict(device=device, dtype=torch.float64 if side == "exact" else torch.float32)
+    steps, batch = (10, 128) if device == "cpu" else (40, 256)
+    to = dict(device="cpu" if device == "fake" else device, dtype=torch.float64 if side == "exact" else torch.float32)
     net = common.ConvNet(512)
     theta = common.flatten(net)
     goal = (theta + 0.01 * torch.randn_like(theta)).to(**to)
-    net, theta = net.to(**to), theta.to(**to)
+    net, theta = net if device == "fake" else net.to(**to), theta.to(**to)
     images, targets = torch.randn(1000, 3, 32, 32).to(**to).requires_grad_(), torch.randn(1000, 512).to(**to)
     lr = torch.tensor(0.1, requires_grad=True, **to)
-    # 896 images are whole batches
-    batches = list(itertools.islice(common.shuffled(896, batch, 0), steps))
-    batches = [b.to(device) for b in batches]
+    used = 896 if device == "cpu" else 1000  # 896 are whole batches of 128
+    batches = list(itertools.islice(common.shuffled(used, batch, 0), steps))
+    batches = [b.to(to["device"]) for b in batches]
     memory_format = torch.channels_last if side == "ours" else torch.contiguous_format
 
     def loss_fn(theta, x, z, n):
         f = functools.partial(distill.forward_flat, net, theta, memory_format=memory_format)
         return common.student_loss("kd", f, x, z, DATA)
 
-    functions = distill.step_functions(loss_fn, compile=True) if side == "ours" else None
+    fused = side == "ours" and device != "fake"
+    functions = distill.step_functions(loss_fn, compile=True) if fused else None
 
     def run():
         if side in ("ours", "exact"):
@@ -83,6 +89,49 @@ def iteration(side, device):
         return torch.autograd.grad(distill.matching_loss(end, theta, goal), (images, lr))
 
     return run
+
+
+class Counter(TorchDispatchMode):
+    """Counts what the operations within would ask of a GPU; to be used with fake tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = self.library_calls = self.traffic = self.live = self.peak = 0
+
+    def release(self, size):
+        self.live -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        given, made = ([t for t in torch.utils._pytree.tree_leaves(part) if torch.is_tensor(t)]
+                       for part in ((args, kwargs), results))
+        known = {t.untyped_storage()._cdata for t in given}
+        new = [t for t in made if t.untyped_storage()._cdata not in known]
+        for t in new:
+            self.live += (size := t.untyped_storage().nbytes())
+            weakref.finalize(t.untyped_storage(), self.release, size)
+        self.peak = max(self.peak, self.live)
+        name = function.__name__.partition(".")[0]
+        if (new or function._schema.is_mutable) and not name.startswith(("empty", "new_empty")):  # no view
+            library = name in ("convolution", "convolution_backward", "mm", "addmm", "bmm")
+            self.library_calls += library
+            self.kernels += not library
+            self.traffic += sum(t.nbytes for t in (*given, *made))
+        return results
+
+
+def count():
+    """Prints what an iteration at the paper's CIFAR-10 setting asks of a GPU: computed, not measured."""
+    for side in ("ours", "baseline"):
+        with FakeTensorMode(), FlopCounterMode(display=False) as flops, Counter() as counter:
+            run, before = iteration(side, "fake"), counter.live
+            counter.kernels = counter.library_calls = counter.traffic = counter.peak = 0
+            operations = flops.get_total_flops()
+            run()
+        print(f"{side}: peak memory {counter.peak / 2**30:.2f} GiB, {before / 2**30:.2f} of them there before; "
+              f"{counter.kernels:,} kernels and {counter.library_calls:,} calls of libraries; "
+              f"{(flops.get_total_flops() - operations) / 1e12:.1f} TFLOP; "
+              f"{counter.traffic / 2**30:.0f} GiB read or written", flush=True)
 
 
 def experts(side, device):
@@ -380,6 +429,8 @@ def keep(key, records, same):
 
 def main():
     args = parse_args()
+    if args.device == "fake":
+        return count()
     where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu"
     made = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": where,
             "threads": args.threads or torch.get_num_threads()}
