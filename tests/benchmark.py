@@ -62,7 +62,8 @@ def unrolled_steps(loss_fn, theta, images, targets, lr, batches):
 def iteration(side, device):
     """One distillation iteration: N inner steps, the matching loss, its gradient in pixels and lr."""
     steps, batch = (10, 128) if device == "cpu" else (40, 256)
-    to = dict(device="cpu" if device == "fake" else device, dtype=torch.float64 if side == "exact" else torch.float32)
+    to = dict(dtype=torch.float64 if side == "exact" else torch.float32)
+    to["device"] = "cpu" if device == "fake" else device
     net = common.ConvNet(512)
     theta = common.flatten(net)
     goal = (theta + 0.01 * torch.randn_like(theta)).to(**to)
@@ -128,7 +129,7 @@ def count():
             counter.kernels = counter.library_calls = counter.traffic = counter.peak = 0
             operations = flops.get_total_flops()
             run()
-        print(f"{side}: peak memory {counter.peak / 2**30:.2f} GiB, {before / 2**30:.2f} of them there before; "
+        print(f"{side}: peak memory {counter.peak / 2**30:.2f} GiB ({before / 2**30:.2f} before); "
               f"{counter.kernels:,} kernels and {counter.library_calls:,} calls of libraries; "
               f"{(flops.get_total_flops() - operations) / 1e12:.1f} TFLOP; "
               f"{counter.traffic / 2**30:.0f} GiB read or written", flush=True)

@@ -40,7 +40,12 @@ def test_no_tensor_is_on_the_wrong_device():
 
 
 class Strict(TorchDispatchMode):
-    """Refuses what fake tensors let pass: an index on the GPU into the host, another device's generator."""
+    """Refuses what fake tensors let pass: an index on the GPU into the host, another device's generator.
+
+    waits: how often the host had to wait for the GPU, for a copy to it that is not pinned, or for a number.
+    """
+
+    waits = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         words = kwargs or {}
@@ -49,6 +54,8 @@ class Strict(TorchDispatchMode):
         if generator := words.get("generator"):
             there = torch.device(words.get("device") or "cpu").type == GPU
             assert (generator.initial_seed() >= ELSEWHERE) == there, "a generator"
+        if "_to_copy" in f"{function}" and torch.device(words.get("device") or "cpu").type == GPU:
+            self.waits += args[0].is_cpu and not words.get("non_blocking")
         return function(*args, **words)
 
 
@@ -73,8 +80,17 @@ def module_to(net, device=None, memory_format=None):
 @contextlib.contextmanager
 def gpu(free):
     """Within, GPU is a device with so many bytes free, and all tensors are fake."""
-    number = dict(item=lambda x: 1.0 if x.is_floating_point() else 0, __float__=lambda x: 1.0,
-                  __int__=lambda x: 1, __bool__=lambda x: True, pin_memory=lambda x: x)
+    strict = Strict()
+
+    def number(value, whole):
+        def read(x):
+            strict.waits += not x.is_cpu
+            return value if x.is_floating_point() else whole
+
+        return read
+
+    numbers = dict(item=number(1.0, 0), __float__=number(1.0, 1.0), __int__=number(1, 1))
+    numbers |= dict(__bool__=number(True, True))
     with contextlib.ExitStack() as stack:
         for place, name, new in [
             (FakeTensorMode, "avoid_device_init", True), (torch, "Generator", generator),
@@ -85,12 +101,12 @@ def gpu(free):
             (common, "seed_dropout", lambda *words: None),
         ]:
             stack.enter_context(patch.object(place, name, new))
-        stack.enter_context(patch.multiple(torch.Tensor, **number))
+        stack.enter_context(patch.multiple(torch.Tensor, pin_memory=lambda x: x, **numbers))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(FakeTensorMode())
-        stack.enter_context(Strict())
+        stack.enter_context(strict)
         common.yiq.cache_clear()
-        yield
+        yield strict
 
 
 # ---- What runs on it ---------------------------------------------------------------------------------------
@@ -111,9 +127,9 @@ def options(**more):
         ridge=0.1, checkpoint_minutes=5.0, warmup_epochs=0, projection_dim=8, min_crop=0.1), **more})
 
 
-def images():
+def images(count=24, px=16):
     """An ImageSet as the stages have it: images on the host, mean and std on the device."""
-    return common.ImageSet(torch.zeros(24, 3, 16, 16, dtype=torch.uint8), torch.zeros(24, dtype=torch.int64),
+    return common.ImageSet(torch.zeros(count, 3, px, px, dtype=torch.uint8), torch.zeros(count).long(),
                            torch.zeros(3, device=GPU), torch.ones(3, device=GPU))
 
 
@@ -132,10 +148,10 @@ def a_student():
     return common.make_student(8, 16, 3, 8).to(GPU)
 
 
-def experts(objective):
-    """A step of an expert, and its losses."""
-    data, net = images(), a_student()
-    x, z = common.place(data.images, GPU), common.place(torch.zeros(24, 8), GPU)
+def experts(objective, count=24):
+    """An epoch of an expert, and its losses."""
+    data, net = images(count), a_student()
+    x, z = common.place(data.images, GPU), common.place(torch.zeros(count, 8), GPU)
     train_experts.train_expert(net, net, data, x, z, options(objective=objective), 0, Stub)
     there(*net.parameters())
 
@@ -154,9 +170,10 @@ def a_set(log_lr=True):
     return distill.SyntheticSet(images, targets, 0.1, log_lr)
 
 
-def matching(objective, momentum):
+def matching(objective, momentum, steps=2):
     """Two iterations of MKDT, with what is written, and the forward pass that auto tries rates with."""
-    args, data, net = options(objective=objective, inner_momentum=momentum), images(), a_student()
+    args = options(objective=objective, inner_momentum=momentum, syn_steps=steps)
+    data, net = images(), a_student()
     syn = a_set()
     trajectories = [torch.zeros(2, common.flatten(net).numel())]  # on disk
     distill.distil_mkdt(args, syn, net, data, trajectories, None, Stub, Stub())
@@ -197,10 +214,9 @@ def checkpoint():
     there(losses, *net.parameters(), *(state["momentum_buffer"] for state in optimizer.state.values()))
 
 
-def teacher(ssl, px):
-    """Two steps of a narrow ResNet-18, and its targets; at 64 px with blur."""
-    args, data = options(ssl=ssl, width=4), images()
-    data = data._replace(images=torch.zeros(16, 3, px, px, dtype=torch.uint8))
+def teacher(ssl, px, count=16):
+    """An epoch of a narrow ResNet-18, and its targets; at 64 px with blur."""
+    args, data = options(ssl=ssl, width=4), images(count, px)
     encoder = common.ResNet(width=4, norm_layer=nn.BatchNorm2d).to(GPU)
     with (patch.object(common, "Checkpoint", Stub),
           patch.object(train_teacher, "make_projector", lambda *words: nn.Sequential(nn.Linear(32, 8)))):
@@ -208,6 +224,18 @@ def teacher(ssl, px):
     there(common.random_view(data.images[:4, :1].to(GPU), generator(GPU).manual_seed(0)))  # grey images
     features = train_teacher.represent(lambda x: encoder(common.normalise(x, data)), data.images, 8, args)
     assert features.is_cpu and train_teacher.make_targets(features, 4)["targets"].is_cpu
+
+
+def no_step_waits():
+    """The host waits as often in a loop of twice as many steps: not in a step."""
+    for function, words, more in [(experts, ["kd"], 48), (experts, ["simclr"], 48), (matching, ["kd", 0.9], 4),
+                                  (teacher, ["simclr", 16], 32), (teacher, ["barlow_twins", 64], 32)]:
+        waits = []
+        for longer in ([], [more]):
+            with gpu(2**40) as strict:
+                function(*words, *longer)
+            waits.append(strict.waits)
+        assert waits[0] == waits[1] > 0, (function, waits)
 
 
 def main():
@@ -223,6 +251,7 @@ def main():
         with gpu(free):
             function(*words)
         print(function.__name__, *words, "fine", flush=True)
+    no_step_waits()
 
 
 if __name__ == "__main__":
