@@ -228,8 +228,10 @@ def teacher(ssl, px, count=16):
 
 def no_step_waits():
     """The host waits as often in a loop of twice as many steps: not in a step."""
-    for function, words, more in [(experts, ["kd"], 48), (experts, ["simclr"], 48), (matching, ["kd", 0.9], 4),
-                                  (teacher, ["simclr", 16], 32), (teacher, ["barlow_twins", 64], 32)]:
+    for function, words, more in [
+        (experts, ["kd"], 48), (experts, ["simclr"], 48), (matching, ["kd", 0.9], 4),
+        (teacher, ["simclr", 16], 32), (teacher, ["barlow_twins", 64], 32),
+    ]:
         waits = []
         for longer in ([], [more]):
             with gpu(2**40) as strict:
