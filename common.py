@@ -339,7 +339,7 @@ def reason(error):
     """Why an image file was not read, in a few words."""
     if pixels := re.match(r"Image size \((\d+) pixels\) exceeds limit of (\d+)", f"{error}"):
         return f"{pixels[1]} pixels, more than {pixels[2]}"
-    text = "a text in it is longer than Pillow reads" if "MAX_TEXT" in f"{error}" else "cut off, or no image"
+    text = "a text longer than Pillow reads" if "MAX_TEXT" in f"{error}" else "cut off, or no image"
     return f"{error}" if isinstance(error, Problem) else getattr(error, "strerror", None) or text
 
 
@@ -1201,7 +1201,7 @@ class Progress:
         if stop.signal or (done < self.total and now - self.said < 5):
             return  # after a signal, too: what it goes to may be gone
         self.said, spent = now, now - self.started
-        texts = {n: v if isinstance(v, int | str | Path) else f"{float(v):.4g}" for n, v in values.items()}
+        texts = {n: f"{v:.4g}" if isinstance(v, float | torch.Tensor) else v for n, v in values.items()}
         shown = "".join(f"{name.replace('_', ' ')} {text}, " for name, text in texts.items())
         left = spent / max(done - self.before, 1) * (self.total - done)
         try:

@@ -425,7 +425,7 @@ def start_indices(args, data, all_targets, example_losses):
         raise Problem(f"--batch_syn {args.batch_syn}: {args.objective} contrasts images; choose 2 or more")
     if not least <= size <= n:
         raise Problem(f"--fraction {args.fraction:g}: makes a set of {size} of {n} images; choose one from "
-                      f"{math.ceil(1e4 * least / n) / 1e4:g} to 1")
+                      f"{math.ceil(1e4 * least / n) / 1e4:g} to 1, for run_all.sh by FRACTION")
     if args.init == "high_loss":
         return high_loss_indices(example_losses, size)
     if args.init == "sas":
@@ -504,7 +504,7 @@ def distil_mkdt(args, syn, net, data, trajectories, functions, checkpoint_of, lo
         syn.rate.data.clamp_(min=syn.least)
 
         record(args, log, checkpoint, syn, it, norm, matching_loss=loss.item(), **drawn)
-        progress(it + 1, matching_loss=loss, lr=syn.lr())
+        progress(it + 1, matching_loss=loss, lr=syn.lr().item())
         checkpoint.tick(it + 1, last=it + 1 == args.iters)
 
 

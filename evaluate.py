@@ -83,7 +83,7 @@ def parse_args(argv=None):
     net.add_argument("--depth", type=positive, help=common.DEPTH_HELP)
     pre = parser.add_argument_group("pre-training (eq. 9)")
     pre.add_argument("--epochs", type=positive, default=20, help="over the set")
-    pre.add_argument("--probe_at", type=positive, nargs="+", metavar="STEPS", help="a curve, for --epochs")
+    pre.add_argument("--probe_at", type=positive, nargs="+", metavar="STEPS", help="instead of --epochs")
     pre.add_argument("--krr_st_epochs", type=positive, default=1000, help="the same with KRR-ST's recipe")
     pre.add_argument("--batch_size", type=positive, default=256, help="images a step")
     pre.add_argument("--lr", type=number, default=0.1, help="for full data; a set brings its own, alpha_syn")
@@ -99,7 +99,7 @@ def parse_args(argv=None):
     labelled = "labelled part (default: 0.01 0.05; fine-tuning: 1)"
     probe.add_argument("--fractions", type=common.at_least(1e-9, float, 1), nargs="+", help=labelled)
     probe.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="of weights and labels")
-    probe.add_argument("--split", choices=["test", "val"], default="test", help="val: of the training images")
+    probe.add_argument("--split", choices=["test", "val"], default="test", help="val: of training images")
     parser.add_run_options()
     args = parser.parse_args(argv)
     args.downstream = args.downstream or [args.dataset]
@@ -596,8 +596,8 @@ def write_tables(args, table, rows, downstream, paper):
 
 def main(args):
     common.set_up(args)
-    shown = args.paper and args.protocol == "linear"
-    paper = read_paper(args.paper, args.dataset, args.arch) if shown else {}
+    known = args.paper and args.protocol == "linear"
+    paper = read_paper(args.paper, args.dataset, args.arch) if known else {}
     data, all_targets, made = common.load_targets(args)
     args.mirror = args.mirror and data.flip
     out_dim, channels = all_targets.shape[1], data.images.shape[1]

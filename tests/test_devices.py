@@ -98,7 +98,7 @@ def gpu(free):
             (torch.cuda, "mem_get_info", lambda device: (free, 0)),
             (evaluate.copy, "deepcopy", lambda net: net),
             (torch.optim.LBFGS, "step", lambda self, closure: closure()),
-            (common, "seed_dropout", lambda *words: None),
+            (common, "seed_dropout", lambda *words: None), (common, "Progress", Stub),
         ]:
             stack.enter_context(patch.object(place, name, new))
         stack.enter_context(patch.multiple(torch.Tensor, pin_memory=lambda x: x, **numbers))
@@ -134,14 +134,14 @@ def images(count=24, px=16):
 
 
 class Stub:
-    """In the place of a Checkpoint and of a Log."""
+    """In the place of a Checkpoint, a Log, or the Progress, which formats no fake numbers."""
 
     step = 0
 
     def __init__(self, *words, **parts):
         pass
 
-    tick = write = kept = lambda self, *words, **values: ""
+    __call__ = tick = write = kept = lambda self, *words, **values: ""
 
 
 def a_student():
