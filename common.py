@@ -872,7 +872,8 @@ def compiled(function):
         try:
             return fast(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason, cache = str(error).strip().splitlines()[0], os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+            reason = str(error).strip().splitlines()[0]
+            cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.environ.get("TMPDIR", "")
             if re.search("No working C|a working triton", f"{error}"):
                 reason = f"needs a C++ compiler, on a GPU Triton ({reason})"
             elif " " in cache:

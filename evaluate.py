@@ -587,11 +587,10 @@ def write_tables(args, table, rows, downstream, paper):
     with common.replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     print(f"\n{text}wrote {path} and results.jsonl", flush=True)
-    (figure := path.with_suffix(".png")).unlink(missing_ok=True)  # the one of another table
     try:
-        save_figure(figure, table, rows, args.downstream, args.fractions, args.probe_at)
+        save_figure(path.with_suffix(".png"), table, rows, args.downstream, args.fractions, args.probe_at)
     except Exception as error:  # whatever is wrong with matplotlib: the figure is an extra
-        print(f"{figure} is left out, it needs matplotlib:", f"{error}".partition("\n")[0])
+        print("the table's figure is left out, it needs matplotlib:", f"{error}".partition("\n")[0])
 
 
 def main(args):
