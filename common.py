@@ -499,6 +499,20 @@ def flatten(net):
     return torch.cat([p.detach().reshape(-1) for p in net.parameters()])  # cat copies; a view would train on
 
 
+def forward_flat(net, theta, x, memory_format=torch.contiguous_format):
+    """net(x) with the parameters theta (P,) in place of net's own; twice differentiable in theta and x.
+
+    memory_format: of x and of the convolutions' weights.
+    """
+    names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()))
+    parts = [part.view(s) for part, s in zip(theta.split([s.numel() for s in shapes]), shapes)]
+    parts = [p.contiguous(memory_format=memory_format) if p.ndim == 4 else p for p in parts]
+    x = x.contiguous(memory_format=memory_format)
+    # The fused kernels of attention have no second derivative.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return torch.func.functional_call(net, dict(zip(names, parts)), (x,))
+
+
 # ---- Self-supervised losses and views ---------------------------------------------------------------------
 
 

@@ -204,20 +204,6 @@ def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0, fu
     return _StudentSteps.apply(theta, images, targets, lr, gradient, reverse, batches, momentum)
 
 
-def forward_flat(net, theta, x, memory_format=torch.contiguous_format):
-    """net(x) with the parameters theta (P,) in place of net's own; twice differentiable in theta and x.
-
-    memory_format: of x and of the convolutions' weights.
-    """
-    names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()))
-    parts = [part.view(s) for part, s in zip(theta.split([s.numel() for s in shapes]), shapes)]
-    parts = [p.contiguous(memory_format=memory_format) if p.ndim == 4 else p for p in parts]
-    x = x.contiguous(memory_format=memory_format)
-    # The fused kernels of attention have no second derivative.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        return torch.func.functional_call(net, dict(zip(names, parts)), (x,))
-
-
 def matching_loss(theta, start, goal):
     """||theta - goal||^2 / ||start - goal||^2 (eq. 4): 1 if the student stood still, 0 if it arrived."""
     return (theta - goal).square().sum() / (start - goal).square().sum()
@@ -230,7 +216,7 @@ def make_step_loss(args, net, data, *key):
     def step_loss(theta, x, z, n):
         common.seed_dropout(args.device, args.seed, "dropout", *key, n)
         draws = common.generator(args.device, args.seed, "views", *key, n) if ssl else None
-        f = lambda x: forward_flat(net, theta, x)  # noqa: E731
+        f = lambda x: common.forward_flat(net, theta, x)  # noqa: E731
         return common.student_loss(args.objective, f, x, z, data, draws)
 
     return step_loss
@@ -245,7 +231,7 @@ def compiled_functions(args, net, data):
         raise Problem("--compile: the student draws (dropout?), fused steps do not repeat that; --no-compile")
 
     def loss_fn(theta, x, z, n):
-        f = lambda x: forward_flat(net, theta, x, layout)  # noqa: E731
+        f = lambda x: common.forward_flat(net, theta, x, layout)  # noqa: E731
         return common.student_loss(args.objective, f, x, z, data)
 
     return step_functions(loss_fn, compile=True)

@@ -76,7 +76,7 @@ def iteration(side, device):
     memory_format = torch.channels_last if side == "ours" else torch.contiguous_format
 
     def loss_fn(theta, x, z, n):
-        f = functools.partial(distill.forward_flat, net, theta, memory_format=memory_format)
+        f = functools.partial(common.forward_flat, net, theta, memory_format=memory_format)
         return common.student_loss("kd", f, x, z, DATA)
 
     fused = side == "ours" and device != "fake"
@@ -295,7 +295,7 @@ def scale_distill(device, S=500, steps=10, px=32, batch=64):
 
     def run():
         end = distill.student_steps(
-            lambda theta, x, z, n: common.mse_loss(distill.forward_flat(net, theta, x), z),
+            lambda theta, x, z, n: common.mse_loss(common.forward_flat(net, theta, x), z),
             theta, images, targets, torch.tensor(0.1, device=device), batches,
         )  # fmt: skip
         torch.autograd.grad(distill.matching_loss(end, theta, goal), images)

@@ -13,7 +13,6 @@ from conftest import refuses
 from sklearn.linear_model import LogisticRegression
 
 import common
-import distill
 import train_teacher
 
 
@@ -118,8 +117,8 @@ def test_resnet(blocks, parameters):
 def test_flat_forward_is_the_module_bit_for_bit():
     net, other = (common.ConvNet(5, image_size=16, channels=1, width=8) for _ in range(2))
     x, theta = torch.randn(4, 1, 16, 16), common.flatten(net)
-    assert torch.equal(distill.forward_flat(net, theta, x), net(x))
-    assert torch.equal(distill.forward_flat(other, theta, x), net(x))  # theta counts, not its own weights
+    assert torch.equal(common.forward_flat(net, theta, x), net(x))
+    assert torch.equal(common.forward_flat(other, theta, x), net(x))  # theta counts, not its own weights
 
 
 def test_flatten_is_a_copy():

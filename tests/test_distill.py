@@ -22,7 +22,7 @@ momenta = pytest.mark.parametrize("momentum", [0.0, 0.9])
 
 
 def kd_loss(net):
-    return lambda theta, x, z, n: common.mse_loss(distill.forward_flat(net, theta, x), z)
+    return lambda theta, x, z, n: common.mse_loss(common.forward_flat(net, theta, x), z)
 
 
 def problem(dtype=torch.float64, size=8, width=4, images=12):
@@ -338,7 +338,7 @@ def test_the_numbers_of_an_earlier_version_in_float32():
     theta = (0.3 * wave(common.flatten(net).numel())).float()
     for objective in OBJECTIVES:
         targets = torch.eye(6)[torch.arange(10) % 6] if objective == "supervised" else z
-        f = lambda x: distill.forward_flat(net, theta, x)  # noqa: E731
+        f = lambda x: common.forward_flat(net, theta, x)  # noqa: E731
         draws = torch.Generator().manual_seed(5)
         found[objective] = common.student_loss(objective, f, x, targets, data, draws)
     view = common.random_view(x, torch.Generator().manual_seed(3), blur=0.5, solarize=0.2)

@@ -52,7 +52,7 @@ def run_case(kind, width, px, batch):
     if kind == "student":  # in distill.py
         net = common.make_student(32, px, 3, width)
         _, reverse = distill.step_functions(
-            lambda theta, x, z, n: common.mse_loss(distill.forward_flat(net, theta, x, layout), z))
+            lambda theta, x, z, n: common.mse_loss(common.forward_flat(net, theta, x, layout), z))
         theta = common.flatten(net)
         return reverse(theta, x, torch.randn(batch, 32), 0, torch.randn_like(theta))
     net = common.make_student(32, px, 3, width) if kind == "expert" else common.ResNet(width=width)

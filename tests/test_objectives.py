@@ -15,7 +15,6 @@ from test_cli import commands
 from test_stages import N, digits, log, read
 
 import common
-import distill
 import train_experts
 
 EXPERTS = [*DATA, *STUDENT, "--num_experts", "3", "--epochs", "2", "--batch_size", "50", "--same_init"]
@@ -71,7 +70,7 @@ def test_supervised_example_loss(runs):
     """Cross-entropy to the label, each image's, after the first epoch."""
     expert, train = read(runs["supervised"] / "experts/0001.pt"), digits()
     net, x = common.ConvNet(10, 8, 1, 8, 2), common.normalise(train.images, train)
-    outputs = distill.forward_flat(net, expert["trajectory"][1], x)
+    outputs = common.forward_flat(net, expert["trajectory"][1], x)
     expected = F.cross_entropy(outputs, train.labels, reduction="none")
     torch.testing.assert_close(expert["example_loss"], expected, rtol=1e-4, atol=1e-5)
 

@@ -127,7 +127,7 @@ def test_an_expert_by_hand(copy):
     x, batches = common.normalise(train.images, train), common.shuffled(N, 50, 0, "expert", 1)
     for _ in range(3):
         batch, theta = next(batches), start.requires_grad_()
-        loss = F.mse_loss(distill.forward_flat(net, theta, x[batch]), targets[batch])
+        loss = F.mse_loss(common.forward_flat(net, theta, x[batch]), targets[batch])
         start = (theta - 0.1 * torch.autograd.grad(loss, theta)[0]).detach()
     torch.testing.assert_close(start, end)
 
