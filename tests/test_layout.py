@@ -36,6 +36,7 @@ def test_no_network_crashes(isa, request):
         pytest.skip("with --sweep alone")
     few = ["teacher", "student"], [8, 32], [64], [7]
     kinds, widths, sizes, batches = (KINDS, WIDTHS, SIZES, [7, 32]) if whole else few
+    kinds = [kind for kind in kinds if "bf16" not in kind or isa != "SSE41"]  # which takes minutes a step
     cases = list(itertools.product(kinds, widths, sizes, batches))
     environment = {**os.environ, **CHECKED, **({"ONEDNN_MAX_CPU_ISA": isa} if isa else {})}
     done = subprocess.run([sys.executable, __file__, json.dumps(cases)], env=environment, capture_output=True)
