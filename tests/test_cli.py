@@ -360,7 +360,8 @@ def test_table1_rehearsal(tmp_path, rehearsal, stub):
     first, out = rehearsal
     first.wait()
     stdout, stderr = ((out.parent / name).read_text() for name in ("stdout", "stderr"))
-    assert first.returncode == 2 and stderr.count("--lr_img") == stderr.count("\n") == 1, stderr
+    assert first.returncode == 2 and stderr.count("--lr_img") == 1, stderr
+    assert stderr.count("\n") == 2 and "krr_st_random.pt: not found" in stderr  # and no warning
     run, table = out / "digits_rehearsal", out / "table1_digits_rehearsal.md"
     for file in ("teacher.pt", "targets.pt", "experts/0001.pt", "results.jsonl", "sets/mkdt_high_loss.png"):
         assert (run / file).stat().st_size > 0

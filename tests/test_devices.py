@@ -33,7 +33,7 @@ ELSEWHERE = 2**40  # of the seeds of its generators, which are generators of the
 def test_no_tensor_is_on_the_wrong_device():
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}{done.stderr[-3000:]}"
-    assert done.stdout.count("fine") == 26, done.stdout
+    assert done.stdout.count("fine") == 18, done.stdout
 
 
 # ---- The device --------------------------------------------------------------------------------------------
@@ -228,10 +228,8 @@ def teacher(ssl, px, count=16):
 
 def no_step_waits():
     """The host waits as often in a loop of twice as many steps: not in a step."""
-    for function, words, more in [
-        (experts, ["kd"], 48), (experts, ["simclr"], 48), (matching, ["kd", 0.9], 4),
-        (teacher, ["simclr", 16], 32), (teacher, ["barlow_twins", 64], 32),
-    ]:
+    loops = (experts, ["simclr"], 48), (matching, ["kd", 0.9], 4), (teacher, ["barlow_twins", 64], 32)
+    for function, words, more in loops:
         waits = []
         for longer in ([], [more]):
             with gpu(2**40) as strict:
@@ -245,8 +243,8 @@ def main():
     backend_registration._setup_privateuseone_for_python_backend(GPU)
     objectives = [*common.LOSSES, *common.SSL]
     cases = [(function, [name], free) for function in (experts, pretraining) for name in objectives
-             for free in (1, 2**40)]  # images stay on the host, or not
-    cases += [(matching, [name, 0.9], 1) for name in objectives] + [(matching, ["kd", 0.0], 1)]
+             for free in (1, 2**40)[name != "kd" :]]  # images stay on the host, or not
+    cases += [(matching, words, 1) for words in (["kd", 0.0], ["kd", 0.9], ["simclr", 0.9])]
     cases += [(teacher, ["simclr", 16], 1), (teacher, ["barlow_twins", 64], 2**40)]
     cases += [(pretraining, ["krr_st"], 1), (krr_st, [], 1), (checkpoint, [], 1)]
     for function, words, free in cases:

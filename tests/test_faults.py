@@ -398,9 +398,8 @@ def test_no_file_takes_the_place_of_a_closed_descriptor():
     """What C code writes to stderr would get into it."""
     script = "import common, os; common.run(lambda args: None, list); print(os.open(os.devnull, 0))"
     shell = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)}"
-    for closed in ("", "2>&-", "<&-", "<&- 2>&-"):
-        done = subprocess.run(f"{shell} {closed}", shell=True, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0 and int(done.stdout) >= 3, closed
+    done = subprocess.run(f"{shell} <&- 2>&-", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) >= 3
 
 
 def test_names_that_are_not_utf_8(copy, tmp_path):

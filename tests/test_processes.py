@@ -205,29 +205,31 @@ def test_variables_that_a_job_scheduler_left(variables, tmp_path, monkeypatch, c
     assert (tmp_path / "targets.pt").exists() and (common.rank(), common.world_size()) == (0, 1)
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "patience"])
-def test_a_process_whose_others_do_not_come(how, tmp_path):
+def test_a_process_whose_others_do_not_come(tmp_path):
     """It says for how many it waits; a signal ends it, or after some minutes an error."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    processes = {}
+    for how in ("SIGTERM", "SIGINT", "patience"):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
 
-    def prepare():
-        os.environ.update(zip(common.TORCHRUN, ("0", "2", "localhost", f"{port}")))
-        common.MEET_MINUTES = 0.1 if how == "patience" else 5
-        os.dup2(os.open(tmp_path / "said", os.O_CREAT | os.O_WRONLY), 1)
+        def prepare(how=how, port=port):
+            os.environ.update(zip(common.TORCHRUN, ("0", "2", "localhost", f"{port}")))
+            common.MEET_MINUTES = 0.1 if how == "patience" else 5
+            os.dup2(os.open(tmp_path / f"said_{how}", os.O_CREAT | os.O_WRONLY), 1)
 
-    process = start("train_teacher", [*TEACHER, "--out_dir", tmp_path], tmp_path / "errors", prepare)
-    process.join(8 if how == "patience" else 5)
-    if how == "patience":
-        process.join(30)
-        error = (tmp_path / "errors").read_text()
-        assert process.exitcode == 2 and error.startswith("error: another process") and "WORLD_SIZE" in error
-    else:
-        os.kill(process.pid, number := getattr(signal, how))
-        process.join(10)
-        assert process.exitcode == -number
-    assert (tmp_path / "said").read_text().startswith("waiting for 1 more process (RANK=0 WORLD_SIZE=2 ")
+        argv = [*TEACHER, "--out_dir", tmp_path / how]
+        processes[how] = start("train_teacher", argv, tmp_path / f"errors_{how}", prepare)
+    processes["patience"].join(60)
+    for how, process in processes.items():
+        assert (tmp_path / f"said_{how}").read_text().startswith("waiting for 1 more process (RANK=0 WORLD_S")
+        if how != "patience":
+            os.kill(process.pid, getattr(signal, how))
+            process.join(10)
+            assert process.exitcode == -getattr(signal, how)
+    error = (tmp_path / "errors_patience").read_text()
+    assert processes["patience"].exitcode == 2 and error.startswith("error: another process")
+    assert "WORLD_SIZE" in error and error.count("\n") == 1
 
 
 def test_a_port_in_use(tmp_path):
