@@ -728,7 +728,7 @@ class Parser(argparse.ArgumentParser):
         data = self.add_argument_group("data and files")
         data.add_argument("--dataset", default="cifar10", help="D_real: " + DATASET_HELP)
         data.add_argument("--data_dir", default="data", help="of downloads and of decoded images")
-        data.add_argument("--image_size", type=at_least(1, int, 4096), help="pixels (default: its own; 32)")
+        data.add_argument("--image_size", type=at_least(1, int, 4096), help="pixels (default: the set's)")
         data.add_argument("--limit", type=positive, help="use so many images of each split, evenly spaced")
         data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
 

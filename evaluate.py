@@ -99,7 +99,7 @@ def parse_args(argv=None):
     labelled = "labelled part (default: 0.01 0.05; fine-tuning: 1)"
     probe.add_argument("--fractions", type=common.at_least(1e-9, float, 1), nargs="+", help=labelled)
     probe.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="of weights and labels")
-    probe.add_argument("--split", choices=["test", "val"], default="test", help="val: of training images")
+    probe.add_argument("--split", choices=["test", "val"], default="test", help="val: held-out train images")
     parser.add_run_options()
     args = parser.parse_args(argv)
     args.downstream = args.downstream or [args.dataset]

@@ -160,16 +160,15 @@ bring() { # the file $1 of $base into the folder $2, whole or not at all
 }
 
 teach() { # targets.pt in $out, of the teacher in $base, or of another --encoder
-  local dim=() # targets of one's own stay as they are
-  [ "$RECIPE" = paper ] || dim=(--target_dim 256)
+  local ours=(train_teacher.py "${data[@]}" --out_dir "$out" --target_dim 256) # targets of one's own stay as they are
   if [ "$RECIPE" = best ] && [[ " $teacher" = *" --encoder "* ]]; then
-    run train_teacher.py "${data[@]}" --out_dir "$out" "${dim[@]}" $teacher
+    run "${ours[@]}" $teacher
     return
   fi
   run train_teacher.py "${data[@]}" --out_dir "$base" $teacher || return
   if [ "$RECIPE" = best ] && [ -f "$base/teacher.pt" -o -n "${DRY_RUN:-}" ]; then
     [ -n "${DRY_RUN:-}" ] || bring teacher.pt "$out" || return
-    run train_teacher.py "${data[@]}" --out_dir "$out" $teacher "${dim[@]}" || return
+    run "${ours[@]}" $teacher --target_dim 256 || return
   elif [ "$out" != "$base" ] && [ -z "${DRY_RUN:-}" ]; then
     bring targets.pt "$out" || return
   fi

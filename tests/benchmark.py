@@ -439,7 +439,7 @@ def main():
         return keep("scale", [{**record, **made} for record in scale(args)], ("stage", "quantity", "device"))
     for task in args.only:
         record = compare(task, args)
-        keep("tasks", [{**record, **made}], ("task", "device"))
+        keep("tasks", [{**record, **made}], ("task", "device", "threads"))
         theirs, ours = (record[f"{side}_bytes"] / 2**20 for side in ("baseline", "our"))
         print(f"{task}: {record['times_as_fast']:.2f} times as fast ({record['baseline_seconds']:.3f} s, "
               f"ours {record['our_seconds']:.3f} s), memory {theirs:.0f} MiB, ours {ours:.0f} MiB, "
