@@ -467,11 +467,11 @@ class ResNet(nn.Sequential):
             layer += [BasicBlock(outputs, outputs, norm_layer=norm_layer) for _ in range(n - 1)]
             self.add_module(f"layer{i + 1}", nn.Sequential(*layer))
             inputs = outputs
-        self.avgpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.fc = nn.Identity() if out_dim is None else nn.Linear(8 * width, out_dim)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.avgpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Identity() if out_dim is None else nn.Linear(8 * width, out_dim)
 
     def features(self, x):
         """(B, C, H, W) -> (B, 8 width), averaged over the last map."""
@@ -1020,8 +1020,8 @@ def load(path, keys, made_by, mmap=False):
     """Read what save wrote, with weights_only=True: a file cannot run code; Problem if it is no such file.
 
     Args:
-        keys: what it must have, {key: dimensions of a float32 tensor of finite values, or None for anything};
-            0 dimensions: a number above 0.
+        keys: what it must have, {key: dimensions of a float32 tensor of finite values (float16 is widened),
+            or None for anything}; 0 dimensions: a number above 0.
         made_by: the command to name when the file is missing or of another kind.
         mmap: leave the tensors on disk until they are read.
     """
@@ -1040,6 +1040,8 @@ def load(path, keys, made_by, mmap=False):
         json.dumps({name: {**made} for name, made in contents.get("options", {}).items()})  # plain values
         for key, ndim in keys.items():
             value = contents[key]
+            if ndim and torch.is_tensor(value) and value.dtype == torch.float16:
+                value = contents[key] = value.float()
             if ndim == 0 and not (type(value) in (int, float) and 0 < value <= 1e12):
                 raise ValueError(f"its {key!r} is no number above 0, of 1e12 at most")
             found = f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
@@ -1064,11 +1066,11 @@ def load_targets(args, objective="kd"):
     Returns (train ImageSet, targets (N, D) float32, made): made is what the next file carries of its origin,
     {options of the earlier stages, images_id, targets_id}. The targets stay on disk until they are read. A
     fork's targets.pt needs no more than {targets}. It is not read for two kinds of objectives: the targets of
-    "supervised" are the labels, one-hot, and SSL has none, (N, 0). Raises Problem if images and targets do
-    not belong together.
+    "supervised" are the labels, one-hot, and SSL (or None) has none, (N, 0). Raises Problem if images and
+    targets do not belong together.
     """
     contents, path = {}, args.out_dir / "targets.pt"
-    if objective not in SSL and objective != "supervised":  # before images, which may take minutes to decode
+    if objective in LOSSES and objective != "supervised":  # before images, which may take minutes to decode
         made_by = f"train_teacher.py --dataset {args.dataset} --out_dir {args.out_dir}"
         contents = load(path, {"targets": 2}, made_by, mmap=True)
     train = load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit, args.device)

@@ -5,7 +5,7 @@ eq. 9), its head is dropped, and a linear classifier is fitted to its features o
 downstream data set's labelled images (eq. 3). One encoder a seed serves all downstream sets; the labelled
 images of a seed are the same for all sets, and a smaller fraction is part of a larger.
 
-Reads:  OUT/sets/*.pt, OUT/targets.pt (their D; "full") and the data sets.
+Reads:  OUT/sets/*.pt and the data sets; OUT/targets.pt for the row "full" alone.
 Writes: OUT/results.jsonl   a record a cell: {set, pretrain, seed, steps, downstream, fraction, accuracy (null
                             where it failed), ids of set and images, options}; only missing ones are measured
         OUT/NAME.md         the tables, drawn from the records: mean, std, paired difference to BASE
@@ -72,7 +72,7 @@ BASE = ("subset_random", "kd")  # the row that others are compared with
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    sets = "rows: NAME, or NAME:OBJECTIVE (kd, krr_st, simclr, barlow_twins) (default: none, all sets, full)"
+    sets = "rows: NAME, or NAME:OBJECTIVE (kd, krr_st, simclr, barlow_twins); default: none, all sets, full"
     parser.add_argument("--sets", nargs="+", help=sets)
     parser.add_argument("--name", default="results", help="of the table and the figure")
     paper = "table1 ... table7: also show the paper's figures, from results/paper.csv"
@@ -284,14 +284,18 @@ def attempt(function, *arguments, said=None, what="", seed=""):
             print("error: " + " ".join(f"{what}{seed}{problem}".split()), file=sys.stderr, flush=True)
 
 
-def load_set(path, data, out_dim, made, args):
-    """(images, targets, lr) of a set; raises Problem if they do not fit data, an ImageSet, or its targets."""
+def load_set(path, data, ids, args):
+    """(images, targets, lr) of a set; raises Problem if they do not fit data, an ImageSet.
+
+    ids: {images_id, targets_id} of what the other rows were made from, which the set's, if it has any, join.
+    """
     contents = common.load(path, {"images": 4, "targets": 2, "lr": 0}, "distill.py")
     images, targets, shape = contents["images"], contents["targets"], tuple(data.images.shape[1:])
-    if images.shape[1:] != shape or targets.shape != (len(images), out_dim) or len(images) == 0:
-        raise Problem(f"{path}: has images {tuple(images.shape)} and targets {tuple(targets.shape)}, not of "
-                      f"{shape} and {out_dim}; give the --dataset and --image_size that it was made with")
-    common.check_same(path, contents, "", {k: made[k] for k in ("images_id", "targets_id")}, "make it again")
+    if images.shape[1:] != shape or len(targets) != len(images):
+        raise Problem(f"{path}: has images {tuple(images.shape)} and targets {tuple(targets.shape)}, here "
+                      f"images are {shape}; give the --dataset and --image_size that it was made with")
+    common.check_same(path, contents, "", ids, "make it again")
+    ids |= {name: contents[name] for name in ("images_id", "targets_id") if name in contents}
     made = {"width": args.width, **contents.get("options", {}).get("distill", {})}
     if args.arch == "convnet" and made.get("iters") and made["width"] != args.width:
         print(f"{path}: was distilled with --width {made['width']}, encoders have --width {args.width}")
@@ -322,18 +326,20 @@ def load_downstream(name, args, channels):
     return train, test, common.fingerprint(train.images, train.labels, test.images, test.labels)
 
 
-def find_rows(folder, asked):
+def find_rows(folder, asked, full=True):
     """The table's rows in its order, {(name, objective): names of its sets}.
 
     The sets NAME, NAME_seed1, NAME_seed2 ... are one row; a set asked for by its own seed stands for itself.
     asked: NAME or NAME:OBJECTIVE each (a set of the name need not be there), or nothing for all that are
-    there.
+    there; full: whether the real images' targets are. Raises Problem if nothing is there, nor asked for.
     """
     there = sorted(path.stem for path in folder.glob("*.pt"))
     for name in [n for n in there if n in ("none", "full") or not re.fullmatch(NAME, n)]:
         print(f"{folder / name}.pt: is left out; choose letters, digits, . + - _, and not none or full")
         there.remove(name)
-    asked = asked or ["none", *(re.sub(r"_seed\d+$", "", name) for name in there), "full"]
+    if not (asked or there or full):
+        raise Problem(f"{folder}: has no sets; make some with distill.py, or give --sets none")
+    asked = asked or ["none", *(re.sub(r"_seed\d+$", "", name) for name in there), *["full"] * full]
     order = list(ROWS)
 
     def place(row):
@@ -398,10 +404,11 @@ def checkpoint_path(args, cell):
     return args.out_dir / f"evaluate_{job}.checkpoint"
 
 
-def make_pretrained(args, cell, the_set, data, out_dim, options):
+def make_pretrained(args, cell, the_set, data, options):
     """A fresh encoder, pre-trained on the_set as the cell says."""
     images, targets, lr = the_set
     torch.manual_seed(common.seed_of(cell["seed"], "encoder"))
+    out_dim = 1 if targets is None else targets.shape[1]
     net = make_encoder(args, out_dim, data.images.shape[-1], data.images.shape[1]).to(args.device)
     if images is not None:
         images, targets = (common.place(part, args.device) for part in (images, targets))
@@ -412,12 +419,12 @@ def make_pretrained(args, cell, the_set, data, out_dim, options):
     return net
 
 
-def measure(args, cells, sets, downstream, data, out_dim, options, said):
+def measure(args, cells, sets, downstream, data, options, said):
     """Pre-trains the encoder of these cells, and yields (cell, accuracy, or None where it failed)."""
     name, seed, net = cells[0]["set"], cells[0]["seed"], None
     the_set, says = sets[name], {"said": said, "what": f"{name}, ", "seed": f"seed {seed}: "}
     if the_set and any(downstream[cell["downstream"]] for cell in cells):
-        net = attempt(make_pretrained, args, cells[0], the_set, data, out_dim, options, **says)
+        net = attempt(make_pretrained, args, cells[0], the_set, data, options, **says)
     judge = probe if args.protocol == "linear" else finetune
     for d in dict.fromkeys(cell["downstream"] for cell in cells):
         part, accuracies = [cell for cell in cells if cell["downstream"] == d], None
@@ -597,23 +604,25 @@ def main(args):
     common.set_up(args)
     known = args.paper and args.protocol == "linear"
     paper = read_paper(args.paper, args.dataset, args.arch) if known else {}
-    data, all_targets, made = common.load_targets(args)
+    folder = args.out_dir / "sets"
+    rows = find_rows(folder, args.sets, full=(args.out_dir / "targets.pt").exists())
+    full = any(name == "full" for name, _ in rows)
+    data, all_targets, made = common.load_targets(args, "kd" if full else None)
     args.mirror = args.mirror and data.flip
-    out_dim, channels = all_targets.shape[1], data.images.shape[1]
-    make_encoder(args, out_dim, data.images.shape[-1], channels)  # refused here, if it cannot be
+    channels = data.images.shape[1]
+    make_encoder(args, 1, data.images.shape[-1], channels)  # refused here, if it cannot be
     log, results = common.Log(args.out_dir / "evaluate.jsonl", args), args.out_dir / "results.jsonl"
     # What is a record's own, or in the id of its set (lr), is no option of it.
     of_cell = ("sets", "lr", "downstream", "fractions", "seeds", "paper", "probe_at")
-    options = {**common.recipe(args, of_cell), "targets_id": made["targets_id"]}
+    options = common.recipe(args, of_cell)
+    ids = {name: made[name] for name in ("images_id", "targets_id") if full or name == "images_id"}
 
-    folder = args.out_dir / "sets"
-    rows = find_rows(folder, args.sets)
     no_file = {"none": (None, None, None), "full": (data.images, all_targets, args.lr)}
     sets, said = {}, set()
     of_all = said if common.rank() == 0 else None  # the first process says what all find
     for name in dict.fromkeys(sum(rows.values(), [])):
         path = folder / f"{name}.pt"
-        loaded = no_file.get(name) or attempt(load_set, path, data, out_dim, made, args, said=of_all)
+        loaded = no_file.get(name) or attempt(load_set, path, data, ids, args, said=of_all)
         if path.exists() or loaded:  # or the row is not run
             sets[name] = loaded
     check_rows(folder, rows, sets)
@@ -634,7 +643,7 @@ def main(args):
     mine = jobs[common.rank() :: common.world_size()]
     progress = common.Progress("encoder", len(mine))
     for i, part in enumerate(mine):
-        for cell, accuracy in measure(args, part, sets, downstream, data, out_dim, options, said):
+        for cell, accuracy in measure(args, part, sets, downstream, data, options, said):
             common.append(results, {**cell, "accuracy": accuracy, "options": options})
         progress(i + 1, set=part[0]["set"], seed=part[0]["seed"])
     common.wait_for_all()

@@ -143,8 +143,9 @@ def mistaken(contents, path):
             spoiled = tensor.clone()
             spoiled.view(-1)[-1] = value
             found.append((path, value, spoiled))
-        found += [((name,), "another", "0123456789abcdef") for name in ("targets_id", "images_id")]
-        found += [(("images_id",), "a tensor", torch.zeros(1)), (("targets_id",), "a number", 3)]
+        ids = ["images_id"] + ["targets_id"] * ("images" not in contents)  # a set's: by "full"
+        found += [((name,), what, value) for name in ids for what, value in
+                  {"another": "0123456789abcdef", "a tensor": torch.zeros(1), "a number": 3}.items()]
         found += [(("lr",), value, value) for value in (0, -1.0, math.nan, "x", True)]
         found += [(path, "nothing in it", tensor[:, :0])] if tensor.ndim == 2 else []
     found += [(("options",), "a list", [1]), (("options",), "tensors", {"x": {"y": torch.ones(2)}})]

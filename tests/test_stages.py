@@ -907,7 +907,8 @@ def test_files_of_another_run(copy, tmp_path, capsys):
         ("train_experts", "--image_size 16", "other images", "16 px"),
         ("distill", "--iters 1 --lr_img 7", "mkdt_high_loss.pt", "--lr_img"),
         *((name, f"--out_dir {tmp_path}/new {more}", "targets.pt", "train_teacher.py") for name, more in (
-            ("train_experts", ""), ("distill", "--init random --iters 0"), ("evaluate", ""))),
+            ("train_experts", ""), ("distill", "--init random --iters 0"), ("evaluate", "--sets full"))),
+        ("evaluate", f"--out_dir {tmp_path}/new", "new/sets", "no sets", "distill.py"),
     ]:
         refused(name, copy, options, *words)
     assert (copy / "experts/0000.pt").read_bytes() == before
@@ -916,7 +917,10 @@ def test_files_of_another_run(copy, tmp_path, capsys):
     for name, options, path in [("train_experts", "", "0000.pt"), ("distill", "--name x", "0000.pt"),
                                 ("distill", "--iters 1 --init random", "experts/0000.pt")]:
         refused(name, copy, options, path, "other targets")
-    fails(capsys, copy, "--sets mkdt_random", "sets/mkdt_random.pt: was made from other targets")
+    fails(capsys, copy, "--sets full mkdt_random", "sets/mkdt_random.pt: was made from other targets")
+    other = read(copy / "sets/mkdt_high_loss.pt")
+    torch.save({**other, "targets_id": "x"}, copy / "sets/mkdt_high_loss.pt")
+    fails(capsys, copy, "--sets mkdt_random mkdt_high_loss", "mkdt_high_loss.pt: was made from other targets")
     shutil.rmtree(copy / "experts")
     refused("distill", copy, "--name x", "experts", "train_experts.py")
 
@@ -951,8 +955,8 @@ def test_sets_that_do_not_fit(copy, capsys):
 
     put(images=images.expand(-1, 3, -1, -1))
     fails(capsys, copy, run_one, "(15, 3, 8, 8)")
-    put(targets=targets[:, :3])
-    fails(capsys, copy, run_one, "(15, 3)")
+    put(targets=targets[:3])
+    fails(capsys, copy, run_one, "(3, 32)")
     put(images=images[:0], targets=targets[:0])
     fails(capsys, copy, run_one, "(0, 1, 8, 8)")
     fails(capsys, copy, "--sets nothing", "nothing.pt: not found; make it with distill.py")
@@ -968,6 +972,23 @@ def test_sets_that_do_not_fit(copy, capsys):
     put(images=images[:1], targets=targets[:1])
     fails(capsys, copy, f"{run_one}:simclr", "1 images in batches of 256: simclr")
     fails(capsys, copy, f"{run_one} --arch resnet10 --width 2", "1 images in batches of 256: kd")
+
+
+def test_what_a_row_needs(copy, tmp_path, capsys):
+    """No pre-training: the data; a set: itself, of half precision and without ids."""
+    name, out = "mkdt_random", tmp_path / "new"
+    run("evaluate", copy, f"--sets none {name} --seeds 0")
+    contents = read(copy / f"sets/{name}.pt")
+    half = {"images": contents["images"].half(), "targets": contents["targets"].half(), "lr": contents["lr"]}
+    (out / "sets").mkdir(parents=True)
+    torch.save(half, out / "sets/half.pt")
+    run("evaluate", out, "--seeds 0")
+    there, found = log(copy / "results.jsonl"), log(out / "results.jsonl")
+    assert found[0] in there and [record["set"] for record in found] == ["none", "none", "half", "half"]
+    data, ids = digits(), {}
+    args = evaluate.parse_args(["--dataset", "digits", "--width", "8"])
+    loaded = evaluate.load_set(out / "sets/half.pt", data, ids, args)
+    assert torch.equal(loaded[0], half["images"].float()) and loaded[1].dtype == torch.float32 and ids == {}
 
 
 def test_files_whose_names_are_none_of_sets(copy, capsys):
