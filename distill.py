@@ -4,11 +4,9 @@ In every iteration a student starts from an expert's weights at epoch t, takes N
 set, and should arrive where the expert was after M more epochs on the real data. The gradient of the distance
 (paper, eq. 4) moves the synthetic images and their learning rate.
 
-Experts of another objective (train_experts.py --objective) are matched by students with the same, which their
-files name: MTT on labels, or naively on SSL (section 4.1).
-
-Baselines: a plain subset (random, high-loss or SAS: --iters 0), and KRR-ST (--method krr_st), which
-learns images and targets by kernel ridge regression on the features of students that train on them.
+Experts of another objective (train_experts.py --objective) are matched by students with the same (section
+4.1). Baselines: plain subsets, and KRR-ST, which learns images and targets by kernel ridge regression on the
+features of students that train on them.
 
 Reads:  OUT/targets.pt, OUT/experts/*.pt (MKDT, high-loss subset, --lr_init auto) and the data set.
 Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,) and std (C,); targets (S, D)
@@ -19,6 +17,7 @@ Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,
     python distill.py                             # 2 % of CIFAR-10, from the high-loss subset: mkdt_high_loss
     python distill.py --init random --iters 0     # the random subset itself, a baseline: subset_random
     python distill.py --init random --iters 0 --lr_init auto    # at the lr that suits it: subset_random_auto
+    python distill.py --init FILE.pt              # from a finished set, or images of one's own: mkdt_FILE
     python distill.py --method krr_st             # the baseline KRR-ST: krr_st_random
     python distill.py --seed 1                    # a second set of the method: mkdt_high_loss_seed1
     torchrun --nproc_per_node 4 distill.py        # four experts an iteration, on a GPU each
@@ -28,6 +27,7 @@ import itertools
 import math
 import re
 import statistics
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -50,12 +50,13 @@ def parse_args(argv=None):
     syn = parser.add_argument_group("synthetic set D_syn, Z_syn")
     syn.add_argument("--method", choices=RECIPES, default="mkdt", help="how it is learnt")
     syn.add_argument("--fraction", type=number, default=0.02, help="|D_syn| / |D_real|")
-    syn.add_argument("--init", choices=INITS, help="start of D_syn (default: high_loss, krr_st random)")
+    start = "of D_syn: high_loss, random, sas, or FILE.pt, a finished set (default: high_loss, krr_st random)"
+    syn.add_argument("--init", help=start)
     syn.add_argument("--num_latent_classes", type=positive, help="SAS: of k-means (default: the data set's)")
     syn.add_argument("--iters", type=natural, help="S (default: 5000, krr_st 160000); 0: the plain subset")
-    start = "start of alpha_syn, lr of a plain subset; auto: sought, by the matching loss of fresh students"
+    start = "of alpha_syn (default: 0.1, or FILE.pt's); auto: sought, by the matching loss of fresh students"
     rate = common.at_least(1e-12, float, 1e12)
-    syn.add_argument("--lr_init", type=lambda t: t if t == "auto" else rate(t), default=0.1, help=start)
+    syn.add_argument("--lr_init", type=lambda t: t if t == "auto" else rate(t), help=start)
     learn = parser.add_argument_group("learning")
     lrs = "of pixels (default: 1e3, krr_st, with targets: 1e-4; paper at 5 %%: 1e4, tiny: 1e5, krr_st 1e-5)"
     learn.add_argument("--lr_img", type=number, help=lrs)
@@ -82,12 +83,15 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
     parser.add_run_options(("fp32", "tf32"), compile=True)  # in bf16 the gradient would be 8 % off
     args = parser.parse_args(argv)
-    name = args.name or "x"
-    if re.fullmatch(r"(none|full)(_seed\d+)?", name) or not re.fullmatch(r"\w[\w.+-]*", name):
-        raise Problem(f"--name {name!r}: choose letters, digits, . + - _ within; not none or full")
     for name, value in RECIPES[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.init in INITS:
+        args.lr_init = args.lr_init or 0.1
+    elif args.init.endswith(".pt"):
+        args.fraction = args.num_latent_classes = None  # the size is the file's
+    else:
+        raise Problem(f"--init {args.init}: choose {', '.join(INITS)}, or FILE.pt, a finished set")
     auto = args.lr_init == "auto"
     if auto and args.method == "krr_st" and args.iters:
         raise Problem("--lr_init auto: not with --method krr_st; leave one of them out")
@@ -99,9 +103,11 @@ def parse_args(argv=None):
                     setattr(args, action.dest, action.default)
         args.inner_momentum = 0.9 if auto else 0.0  # as pre-training has
     if not args.name:
-        args.name = f"{args.method if args.iters else 'subset'}_{args.init}"
+        args.name = f"{args.method if args.iters else 'subset'}_{Path(args.init).stem}"
         args.name += "_auto" if auto and not args.iters else ""
         args.name += f"_seed{args.seed}" if args.seed else ""
+    if re.fullmatch(r"(none|full)(_seed\d+)?", args.name) or not re.fullmatch(r"\w[\w.+-]*", args.name):
+        raise Problem(f"--name {args.name!r}: choose letters, digits, . + - _ within; not none or full")
     return args
 
 
@@ -368,12 +374,9 @@ def find_experts(args):
     first = common.load(paths[0], {}, "train_experts.py", mmap=True)
     made = first.get("options", {}).get("train_experts", {})
     objective = made.get("objective", "kd")
-    inits = {"supervised": ["high_loss", "random"]}.get(objective, INITS)  # others want a teacher's features
-    if objective in common.SSL or (objective == "supervised" and args.method == "krr_st"):
-        inits = ["random"]  # SSL has no loss of single examples, and KRR-ST wants a teacher's targets
-    if objective not in (*common.LOSSES, *common.SSL) or args.init not in inits:
-        raise Problem(f"--init {args.init}: the experts in {folder} are {objective!r}; choose "
-                      f"{' or '.join(inits)}, or make experts that are known")
+    if objective not in common.LOSSES and (objective not in common.SSL or args.init != "random"):
+        raise Problem(f"--init {args.init}: the experts in {folder} are {objective!r}; choose random (SSL"
+                      " has no loss of single images), or make experts that are known")
     return paths[: args.max_experts], made
 
 
@@ -417,6 +420,26 @@ def start_indices(args, data, all_targets, example_losses):
     if args.init == "sas":
         return sas_indices(all_targets, find_latent_classes(args, all_targets, data.labels), size)
     return torch.randperm(n, generator=common.generator("cpu", args.seed, "subset"))[:size]
+
+
+def load_start(args, data, dim, made):
+    """--init FILE.pt: (images (S, C, H, W), targets (S, D), lr, indices (S,), -1 each where it has none).
+
+    Its images are normalised as data's, an ImageSet. Raises Problem if it does not fit data, or targets of
+    D = dim, or is of other targets than made, load_targets', names.
+    """
+    found = common.load(args.init, {"images": 4, "targets": 2, "lr": 0, "mean": 1, "std": 1}, "distill.py")
+    size, shape = len(found["images"]), tuple(data.images.shape[1:])
+    found.setdefault("indices", torch.full((size,), -1))
+    fits = dict(images=(size, *shape), targets=(size, dim), mean=shape[:1], std=shape[:1], indices=(size,))
+    for name, fit in fits.items():
+        if (there := tuple(getattr(found[name], "shape", ()))) != fit:
+            raise Problem(f"--init {args.init}: its {name} {there} would be {fit} here; give another set")
+    common.check_same(args.init, found, "", {"targets_id": made["targets_id"]}, "give another set")
+    images, theirs = found["images"], data._replace(mean=found["mean"], std=found["std"])
+    if torch.cat(theirs[2:4]).tolist() != torch.cat(data[2:4]).tolist():
+        images = common.normalise(common.denormalise(images, theirs), data)
+    return images, found["targets"], args.lr_init or found["lr"], found["indices"].long()
 
 
 def save_picture(path, start, result, data, count=30, columns=10):
@@ -582,7 +605,6 @@ def main(args):
     folder = args.out_dir / "sets"
     options, path = common.recipe(args), folder / f"{args.name}.pt"
     unfinished = folder / f"{args.name}.checkpoint"
-    now = {**options, "images_id": made["images_id"], "targets_id": made["targets_id"]}
     log = common.Log(args.out_dir / f"distill_{args.name}.jsonl", args)
 
     def make_net():
@@ -592,6 +614,10 @@ def main(args):
     net = make_net()
     trajectories, example_losses, made["options"] = load_experts(paths, n, common.flatten(net).numel(), made)
     ids = {"experts_id": common.fingerprint(*(t[-1] for t in trajectories))} if paths else {}
+    if args.init not in INITS:
+        images, targets, lr, indices = load_start(args, data, all_targets.shape[1], made)
+        ids["init_id"], options["init"] = common.fingerprint(images, targets), Path(args.init).name
+    now = {**options, "images_id": made["images_id"], "targets_id": made["targets_id"]}
     made_by = {"distill": now, "train_experts": of_experts, "": ids}
     if common.is_done(path, made_by, {"images": 4, "targets": 2, "lr": 0}):
         unfinished.unlink(missing_ok=True)  # of a run that was killed just before its end
@@ -601,9 +627,10 @@ def main(args):
     if follows and epochs < needed:
         raise Problem(f"--max_start_epoch {args.max_start_epoch}, --expert_epochs {args.expert_epochs}: read "
                       f"the epochs 0 to {needed} of experts, which have {epochs}; train them for {needed}")
-    indices = start_indices(args, data, all_targets, example_losses)
-    images = common.normalise(data.images[indices], data).to(args.device)
-    targets, lr, tried = all_targets[indices].to(args.device), args.lr_init, {}
+    if args.init in INITS:
+        indices = start_indices(args, data, all_targets, example_losses)
+        images, targets, lr = common.normalise(data.images[indices], data), all_targets[indices], args.lr_init
+    images, targets, tried = images.to(args.device), targets.to(args.device), {}
     functions = compiled_functions(args, net, data) if follows else None
     if lr == "auto" and unfinished.exists():
         lr = 0.1  # the checkpoint has the rate

@@ -12,9 +12,8 @@ Writes: OUT/results.jsonl   a record a cell: {set, pretrain, seed, steps, downst
         OUT/NAME.png        the same as a figure, if matplotlib is installed
         OUT/evaluate.jsonl, and OUT/evaluate_*.checkpoint of encoders until the run ends
 
-    python evaluate.py         # none, every set in OUT/sets, full; probed on CIFAR-10. As in Table 1:
-    python evaluate.py --downstream cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers --paper table1
-    python evaluate.py --sets none subset_random subset_random:simclr krr_st_random:krr_st full
+    python evaluate.py         # none, every set in OUT/sets, full; probed on CIFAR-10
+    python evaluate.py --sets none subset_random subset_random:simclr --downstream cifar10 cifar100
     python evaluate.py --protocol finetune        # full fine-tuning on all labels (appendix B)
     python evaluate.py --probe_at 20 80 320 --name curve    # accuracy against steps of pre-training
     torchrun --nproc_per_node 4 evaluate.py       # on four GPUs, each its sets and seeds
@@ -24,6 +23,7 @@ whose names differ by _seedN only are repetitions of one distillation, and one r
 said in a line, shows as "failed" or "not run" in the table, and makes the exit status 2.
 """
 
+import collections
 import copy
 import csv
 import itertools
@@ -49,6 +49,8 @@ ROWS = {  # names of the table's rows, in its order; other sets follow under the
     "mkdt_random": "MKDT (random init)",
     "mkdt_high_loss": "MKDT",
     "mkdt_high_loss_1000": "MKDT, 1000 iterations",
+    "mkdt_raised_random": "MKDT, raised rates (random init)",
+    "mkdt_raised_high_loss": "MKDT, raised rates",
     "best_random": "our recipe (random init)",
     "best_high_loss": "our recipe (high-loss init)",
     "full": "full data",
@@ -90,7 +92,6 @@ def parse_args(argv=None):
     pre.add_argument("--momentum", type=number, default=0.9, help="of SGD")
     pre.add_argument("--weight_decay", type=number, default=1e-4, help="of SGD")
     pre.add_argument("--mirror", action="store_true", help="mirror half of the images (digits never)")
-    pre.add_argument("--ssl_lr", type=number, default=1e-3, help="of Adam, for SSL (appendix A.2)")
     probe = parser.add_argument_group("linear probe (eq. 3), or full fine-tuning (appendix B)")
     protocols = "finetune: as MKDT's authors; _slow: with a tenth of the lr for the body; _krr_st: as KRR-ST"
     probe.add_argument("--protocol", choices=["linear", *FINETUNE], default="linear", help=protocols)
@@ -115,8 +116,6 @@ def parse_args(argv=None):
             raise Problem(f"{name} has no labels: name labelled sets by --downstream")
     if not re.fullmatch(NAME, args.name):
         raise Problem(f"--name {args.name!r}: choose letters, digits, and . + - _ within")
-    if args.arch != "convnet" and args.batch_size < 2:
-        raise Problem(f"--batch_size {args.batch_size}: a {args.arch} wants two images at least")
     args.width = args.width or (128 if args.arch == "convnet" else 64)
     return args
 
@@ -148,7 +147,7 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, steps=None, 
     """
     ssl = objective in common.SSL
     if ssl:
-        optimizer = torch.optim.Adam(net.parameters(), args.ssl_lr, weight_decay=1e-6)
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3, weight_decay=1e-6)
     elif objective == "krr_st":
         optimizer = torch.optim.SGD(net.parameters(), **KRR_ST)
     else:
@@ -284,21 +283,22 @@ def attempt(function, *arguments, said=None, what="", seed=""):
             print("error: " + " ".join(f"{what}{seed}{problem}".split()), file=sys.stderr, flush=True)
 
 
-def load_set(path, data, ids, args):
+def load_set(path, data, ids, row):
     """(images, targets, lr) of a set; raises Problem if they do not fit data, an ImageSet.
 
-    ids: {images_id, targets_id} of what the other rows were made from, which the set's, if it has any, join.
+    ids: {images_id, targets_id} of what the table's other sets were made from, row: options of those of its
+    row; the set must have the same, as far as it names them, and adds its own.
     """
     contents = common.load(path, {"images": 4, "targets": 2, "lr": 0}, "distill.py")
     images, targets, shape = contents["images"], contents["targets"], tuple(data.images.shape[1:])
     if images.shape[1:] != shape or len(targets) != len(images):
         raise Problem(f"{path}: has images {tuple(images.shape)} and targets {tuple(targets.shape)}, here "
                       f"images are {shape}; give the --dataset and --image_size that it was made with")
-    common.check_same(path, contents, "", ids, "make it again")
+    advice = "as other sets of its table or row; make it again, or rename it"
+    common.check_same(path, contents, "distill", {**ids, **row}, advice)
     ids |= {name: contents[name] for name in ("images_id", "targets_id") if name in contents}
-    made = {"width": args.width, **contents.get("options", {}).get("distill", {})}
-    if args.arch == "convnet" and made.get("iters") and made["width"] != args.width:
-        print(f"{path}: was distilled with --width {made['width']}, encoders have --width {args.width}")
+    made = contents.get("options", {}).get("distill", {})
+    row |= {name: value for name, value in made.items() if name != "seed"}
     return images, targets, contents["lr"]
 
 
@@ -354,17 +354,6 @@ def find_rows(folder, asked, full=True):
         sets = [s for s in there if re.fullmatch(re.escape(name) + seeds, s)] or [name]
         rows[name, "none" if name == "none" else objective or "kd"] = sets
     return rows
-
-
-def check_rows(folder, rows, sets):
-    """Raises Problem if the sets of a row, of those that could be read, were made with different options."""
-    for members in rows.values():
-        paths = [folder / f"{name}.pt" for name in members if sets.get(name) and name not in ("none", "full")]
-        contents = [common.load(path, {}, "distill.py", mmap=True) for path in paths]
-        options = contents[0].get("options", {}).get("distill", {}) if contents else {}
-        same = {name: value for name, value in options.items() if name != "seed"}
-        for path, other in zip(paths, contents):
-            common.check_same(path, other, "distill", same, f"as {paths[0]}, of the same row; rename one")
 
 
 def list_cells(args, rows, sets, downstream):
@@ -618,14 +607,13 @@ def main(args):
     ids = {name: made[name] for name in ("images_id", "targets_id") if full or name == "images_id"}
 
     no_file = {"none": (None, None, None), "full": (data.images, all_targets, args.lr)}
-    sets, said = {}, set()
+    sets, said, options_of = {}, set(), collections.defaultdict(dict)  # of the sets of a row
     of_all = said if common.rank() == 0 else None  # the first process says what all find
     for name in dict.fromkeys(sum(rows.values(), [])):
-        path = folder / f"{name}.pt"
-        loaded = no_file.get(name) or attempt(load_set, path, data, ids, args, said=of_all)
+        path, of_row = folder / f"{name}.pt", options_of[re.sub(r"_seed\d+$", "", name)]
+        loaded = no_file.get(name) or attempt(load_set, path, data, ids, of_row, said=of_all)
         if path.exists() or loaded:  # or the row is not run
             sets[name] = loaded
-    check_rows(folder, rows, sets)
     downstream = {d: attempt(load_downstream, d, args, channels, said=of_all) for d in args.downstream}
     if not any(downstream.values()) or not any(sets.values()):
         sys.exit(2)  # nothing can be measured; why is said

@@ -18,9 +18,7 @@ The paper trains for 20 epochs. Distillation reads the weights of epochs 0 to T+
 constant, so the default is to stop there, at 3 of 20: the same trajectories for a seventh of the work.
 
 What section 4.1 sets KD against: --objective supervised (MTT: cross-entropy to the labels), and barlow_twins
-or simclr (naive MTT-SSL: the loss of two random views, by Adam). They need no teacher, and a folder each:
-
-    python train_experts.py --objective simclr --same_init --num_experts 5 --out_dir runs/cifar10_simclr
+or simclr (naive MTT-SSL: the loss of two random views, by Adam). They need no teacher, and a folder each.
 """
 
 import torch

@@ -143,10 +143,11 @@ def test_presets_are_the_paper(preset, fraction):
     expected = (10, 2, 2, 1e5) if tiny else (40, 2, 2, 1e3) if fraction == "0.02" else (40, 2, 5, 1e4)
     assert [d.name for d in calls["distill"]] == [
         "subset_random", "subset_sas", "subset_high_loss", "mkdt_random", "mkdt_high_loss",
-        "subset_random_auto", "subset_high_loss_auto"]
+        "subset_random_auto", "best_random"]
     for d in calls["distill"]:
-        assert d.fraction == float(fraction) and d.iters == (0 if d.name.startswith("subset") else 5000)
-        if d.iters:
+        iters = {"s": 0, "m": 5000, "b": 400}[d.name[0]]
+        assert d.fraction == float(fraction) and d.iters == iters
+        if d.name.startswith("mkdt"):
             assert (d.syn_steps, d.expert_epochs, d.max_start_epoch, d.lr_img) == expected
             assert experts.epochs == d.max_start_epoch - 1 + d.expert_epochs
     assert len(evaluate.downstream) == 7 and teacher.bt_lambda == (1 / 1024 if tiny else 8 / 1024)
@@ -155,27 +156,31 @@ def test_presets_are_the_paper(preset, fraction):
     assert folders == {f"runs/{preset}" if fraction == "0.02" else f"runs/{preset}_0.05"}
 
 
-def test_our_recipe():
-    """It sets plain options, has a folder of its own, and its rows never carry the paper's names."""
-    calls = commands("cifar10", RECIPE="best")
-    (teacher, targets), (evaluate,) = calls["train_teacher"], calls["evaluate"]
-    assert (str(teacher.out_dir), teacher.target_dim, teacher.epochs) == ("runs/cifar10", 0, 1000)
-    assert (targets.target_dim, targets.epochs) == (256, 1000)  # the same teacher, which is copied
-    others = [args for name in STAGES[1:] for args in calls[name]]
-    assert {str(args.out_dir) for args in (targets, *others)} == {"runs/cifar10_best"}
-    assert {"best_random", "best_high_loss", "subset_random_auto"} <= set(evaluate.sets)
-    assert not [name for name in evaluate.sets if "mkdt" in name]
-    assert {d.name for d in calls["distill"]} == set(evaluate.sets) - {"none", "full"}
-    learnt = [d for d in calls["distill"] if d.iters]
-    found = {(d.inner_momentum, d.log_lr, d.lr_init, d.lr_lr, d.lr_img, d.clip_grad, d.decay) for d in learnt}
-    assert found == {(0.9, True, "auto", 0.05, 1e4, 0.003, 0.1)} and len(learnt) == 2
-    assert {(d.iters, d.syn_steps, d.batch_syn) for d in learnt} == {(400, 20, 128)} and evaluate.mirror
-    control = next(d for d in calls["distill"] if d.name == "subset_random_auto")
-    assert (control.iters, control.init, control.lr_init) == (0, "random", "auto")
-    assert control.inner_momentum == 0.9
-    encoder = "hub:results/lite0:efficientnet_lite0"
-    (teacher,) = commands("cifar10", RECIPE="best", TEACHER=f"--encoder {encoder}")["train_teacher"]
-    assert (teacher.encoder, teacher.target_dim, str(teacher.out_dir)) == (encoder, 256, "runs/cifar10_best")
+def test_a_row_says_how_it_is_made():
+    """By the paper's options, by raised rates, or by our recipe, in one folder and with the same targets."""
+    rows = [f"{way}_random" for way in ("mkdt", "mkdt_raised", "best")]
+    calls = commands("cifar10", SETS=" ".join([*rows, "best_sas_7", "subset_random_auto"]))
+    found = {d.name: (d.iters, d.syn_steps, d.batch_syn, d.lr_img, d.lr_lr, d.clip_grad, d.inner_momentum,
+                      d.log_lr, d.lr_init, d.decay) for d in calls["distill"]}
+    ours = 20, 128, 1e4, 0.05, 0.003, 0.9, True, "auto", 0.1
+    assert found == {
+        "mkdt_random": (5000, 40, 256, 1e3, 1e-4, None, 0, False, 0.1, 1),
+        "mkdt_raised_random": (100, 20, 128, 3e4, 0.01, 0.003, 0, False, 0.1, 1),
+        "best_random": (400, *ours), "best_sas_7": (7, *ours),
+        "subset_random_auto": (0, 40, 256, None, 1e-4, None, 0.9, False, "auto", None)}
+    assert {d.init for d in calls["distill"]} == {"random", "sas"}
+    assert len({str(args.out_dir) for name in STAGES for args in calls[name]}) == 1
+    assert set(__import__("evaluate").ROWS) >= set(rows)
+
+
+def test_the_default_table():
+    """Digits: principal components as targets, and our recipe beside; tables have plain targets."""
+    calls, table = commands(), commands("table1", "digits")
+    rows = calls["evaluate"][0].sets
+    assert {"none", "subset_random", "subset_random_auto", "mkdt_random", "best_random", "full"} < set(rows)
+    assert [args.target_dim for args in calls["train_teacher"] + table["train_teacher"]] == [64, 0]
+    assert len({str(args.out_dir) for c in (calls, table) for name in STAGES for args in c[name]}) == 2
+    assert not [name for name in table["evaluate"][0].sets if "best" in name]
 
 
 TABLES = {  # table: (data sets, fraction of the set, SSL of the teacher, labelled fractions)
@@ -286,9 +291,9 @@ WRONG = [  # words, variables, and what a script says as it reads its options; "
         "mnist", "imagefolder", "imagefolder /no/folder", "images", f"images {ROOT}", "digits fast", "table8",
         "table1 mnist", "table1 rehearse digits")),
     *(("", {name: value}, said) for said, name, *values in (
-        ("", "RECIPE", "worst"), ("", "DISTILL_SEEDS", "a", "99999999999"), ("", "PROCESSES", "two", "0"),
+        ("", "DISTILL_SEEDS", "a", "99999999999"), ("", "PROCESSES", "two", "0"),
         ("", "SETS", "mkdt", "gan_random", "subset_easy", "mkdt_random_auto", "mkdt_random_0"),
-        ("", "SETS", "subset_random_9", "mkdt_random:gan"),
+        ("", "SETS", "subset_random_9", "mkdt_random:gan", "best_raised_random", "mkdt_raised"),
         ("", "FRACTION", "abc", "5%", "0,05", "1/20", "-1", "7", ".", "0.0"),
         ("", "DOWNSTREAM", "digits mnist", "digits imagefolder:/no/folder", "images:/tmp", "images"),
         ("", "DISTILL", "--iters 3 --fraction 0.1", "--seed=1", "--iters 3\n--seed\t5"),
@@ -362,7 +367,7 @@ def test_table1_rehearsal(tmp_path, rehearsal, stub):
     stdout, stderr = ((out.parent / name).read_text() for name in ("stdout", "stderr"))
     assert first.returncode == 2 and stderr.count("--lr_img") == 1, stderr
     assert stderr.count("\n") == 2 and "krr_st_random.pt: not found" in stderr  # and no warning
-    run, table = out / "digits_rehearsal", out / "table1_digits_rehearsal.md"
+    run, table = out / "digits_plain_rehearsal", out / "table1_digits_rehearsal.md"
     for file in ("teacher.pt", "targets.pt", "experts/0001.pt", "results.jsonl", "sets/mkdt_high_loss.png"):
         assert (run / file).stat().st_size > 0
     text = table.read_text()

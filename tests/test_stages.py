@@ -295,15 +295,15 @@ def test_one_line_for_a_cause(copy, monkeypatch, capsys):
     assert sorted(capsys.readouterr().err.splitlines()) == causes
 
 
-def test_what_is_refused_before_anything_is_written(copy):
-    """Mistakes that would put "failed" in the place of a table, and sets of a row that are not comparable."""
-    run("distill", copy, "--init random --iters 1 --seed 1 --fraction 0.2")
+def test_a_mistake_and_sets_that_are_no_row(copy, capsys):
+    """A network that cannot be is refused before anything is written; sets made otherwise fail."""
     before = {path: path.read_bytes() for path in copy.glob("results.*")}
     refused("evaluate", copy, "--depth 9", "--depth 9")
-    refused("evaluate", copy, "--arch resnet10 --batch_size 1", "--batch_size 1: a resnet10")
-    refused("evaluate", copy, "", "mkdt_random_seed1.pt: was made with --fraction 0.2, now --fraction 0.1",
-            "mkdt_random.pt, of the same row")
     assert before == {path: path.read_bytes() for path in copy.glob("results.*")}
+    run("distill", copy, "--init random --iters 1 --seed 1 --fraction 0.2")
+    fails(capsys, copy, "--sets mkdt_random",
+          "mkdt_random_seed1.pt: was made with --fraction 0.2, now --fraction 0.1; as other sets of its")
+    assert "(2 failed)" in (copy / "results.md").read_text()
 
 
 def test_other_sets_and_images_are_measured_again(copy, monkeypatch):
@@ -962,13 +962,11 @@ def test_sets_that_do_not_fit(copy, capsys):
     fails(capsys, copy, "--sets nothing", "nothing.pt: not found; make it with distill.py")
     put(images=images[:1], targets=targets[:1])
     run("evaluate", copy, run_one)
-    assert "distilled with" not in capsys.readouterr().out
     for lr in (0, -0.1, 2**64, 1e39, True):
         torch.save({**contents, "lr": lr}, path)
         fails(capsys, copy, run_one, "'lr'")
     torch.save({**contents, "lr": 1}, path)  # a whole number will do
     run("evaluate", copy, f"{run_one} --width 9")
-    assert "distilled with --width 8, encoders have --width 9" in capsys.readouterr().out
     put(images=images[:1], targets=targets[:1])
     fails(capsys, copy, f"{run_one}:simclr", "1 images in batches of 256: simclr")
     fails(capsys, copy, f"{run_one} --arch resnet10 --width 2", "1 images in batches of 256: kd")
@@ -1011,6 +1009,46 @@ def test_names_of_sets():
         assert distill.parse_args(options.split()).name == name
     for name in ("..", "a/b", "none", "full", "-x", "full_seed1"):
         refuses(lambda name=name: distill.parse_args([f"--name={name}"]), "--name", what=name)
+
+
+def test_a_set_that_starts_from_another(copy, tmp_path):
+    """--init FILE.pt: its images, targets, lr and indices, whatever its mean and std; with other options."""
+    run("distill", copy, "--init random --iters 2 --lr_img 10 --name first")
+    first = read(copy / "sets/first.pt")
+    start = f"--init {copy}/sets/first.pt"
+    run("distill", copy, f"{start} --iters 0")
+    again = read(copy / "sets/subset_first.pt")
+    assert all(torch.equal(first[name], again[name]) for name in ("images", "targets", "indices"))
+    assert again["lr"] == pytest.approx(first["lr"]) and again["options"]["distill"]["init"] == "first.pt"
+    run("distill", copy, f"{start} --iters 1 --lr_init 0.3 --lr_lr 0 --inner_momentum 0.9")
+    on = read(copy / "sets/mkdt_first.pt")
+    assert on["lr"] == pytest.approx(0.3) and on["images"].shape == first["images"].shape
+    assert not torch.equal(on["images"], first["images"]) and torch.equal(on["indices"], first["indices"])
+    # A finished set without ids or indices, of half precision, normalised otherwise.
+    own, data = {name: first[name] for name in ("targets", "lr", "mean", "std")}, digits()
+    own["images"] = ((first["images"] * data.std + data.mean - 0.5) / 0.25).half()
+    torch.save({**own, "mean": torch.tensor([0.5]), "std": torch.tensor([0.25])}, tmp_path / "own.pt")
+    run("distill", copy, f"--init {tmp_path}/own.pt --iters 0")
+    found = read(copy / "sets/subset_own.pt")
+    torch.testing.assert_close(found["images"], first["images"], atol=5e-3, rtol=0)
+    assert (found["indices"] == -1).all()
+    torch.save({**own, "images": own["images"] + 1}, tmp_path / "own.pt")
+    refused("distill", copy, f"--init {tmp_path}/own.pt --iters 0", "subset_own.pt", "other init")
+
+
+def test_a_start_that_does_not_fit(copy, tmp_path):
+    first = read(copy / "sets/mkdt_random.pt")
+    for parts, *words in [
+        ({"images": first["images"][:, :, :4]}, "(15, 1, 4, 8)"), ({"mean": torch.zeros(3)}, "mean (3,)"),
+        ({"targets": first["targets"][:3]}, "(3, 32)"), ({"targets": first["targets"][:, :3]}, "(15, 3)"),
+        ({"std": torch.zeros(1, 1)}, "'std'"), ({"targets_id": "x"}, "other targets"), ({"lr": -1}, "'lr'"),
+        ({"indices": torch.zeros(3)}, "indices (3,)"), ({"indices": "x"}, "indices ()")]:
+        torch.save({**first, **{k: v.clone() if torch.is_tensor(v) else v for k, v in parts.items()}},
+                   tmp_path / "x.pt")
+        refused("distill", copy, f"--init {tmp_path}/x.pt --iters 1", "x.pt", *words)
+    for init, word in [("gan", "high_loss"), (f"{tmp_path}/no.pt", "not found"), ("own.npz", "FILE.pt")]:
+        refused("distill", copy, f"--init {init} --iters 1", init, word)
+    assert not (copy / "sets/mkdt_x.pt").exists()
 
 
 def test_options_that_cannot_be(copy, capsys):
