@@ -499,11 +499,13 @@ def flatten(net):
     return torch.cat([p.detach().reshape(-1) for p in net.parameters()])  # cat copies; a view would train on
 
 
-def forward_flat(net, theta, x, memory_format=torch.contiguous_format):
+def forward_flat(net, theta, x, memory_format=torch.contiguous_format, precision="fp32"):
     """net(x) with the parameters theta (P,) in place of net's own; twice differentiable in theta and x.
 
-    memory_format: of x and of the convolutions' weights.
+    memory_format: of x and of the convolutions' weights; precision "bf16": of what is computed, not of theta.
     """
+    if precision == "bf16":
+        return forward_flat(net, theta.bfloat16(), x.bfloat16(), memory_format).float()
     names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()))
     parts = [part.view(s) for part, s in zip(theta.split([s.numel() for s in shapes]), shapes)]
     parts = [p.contiguous(memory_format=memory_format) if p.ndim == 4 else p for p in parts]
@@ -658,8 +660,7 @@ def student_loss(objective, f, x, z, data, draws=None):
     without augmentation. SSL compares f of two random views of x, and z is not looked at.
 
     Args:
-        objective: a key of LOSSES or SSL.
-        f: images (B, C, H, W) -> (B, D).
+        objective: a key of LOSSES or SSL; f: images (B, C, H, W) -> (B, D).
         x: (B, C, H, W), uint8, or float and normalised; z: (B, D).
         data: the ImageSet by whose mean and std the student sees images; its flip counts for views.
         draws: a torch.Generator on the images' device, for the views.
@@ -677,11 +678,8 @@ def student_loss(objective, f, x, z, data, draws=None):
 def linear_probe(features, labels, num_classes, weight_decay=1e-3, iterations=100):
     """The linear classifier of eq. 3, minimising mean cross-entropy + weight_decay ||W||^2 by L-BFGS.
 
-    Args:
-        features: (N, F); labels: (N,) int64 in [0, num_classes).
-        iterations: at most 20 steps each, as the paper's appendix A counts them; ends early at the optimum.
-
-    Returns weight (num_classes, F) and bias (num_classes,); the bias is not penalised.
+    features: (N, F); labels: (N,) int64 in [0, num_classes); iterations: at most 20 steps each, as appendix A
+    counts them; ends early at the optimum. Returns weight (num_classes, F) and bias (num_classes,).
     """
     # The mean is taken out of the features and put back into the bias: the same optimum (the bias is free),
     # reached in a fraction of the steps, because ReLU features are all positive.
@@ -737,13 +735,12 @@ class Parser(argparse.ArgumentParser):
         net.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
         net.add_argument("--depth", type=positive, help=DEPTH_HELP)
 
-    def add_run_options(self, precisions=("fp32", "tf32", "bf16"), compile=False):
+    def add_run_options(self, compile=False):
         run = self.add_argument_group("how to run (of these only --precision counts for the result)")
         run.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
         run.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
-        rounding = "tf32: a GPU rounds the factors of products to 10 bits"
-        rounding += "; bf16: networks in bfloat16, too" if "bf16" in precisions else ""
-        run.add_argument("--precision", choices=precisions, default="fp32", help=rounding)
+        rounding = "tf32: a GPU rounds the factors of products to 10 bits; bf16: networks in bfloat16, too"
+        run.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help=rounding)
         often = "from one checkpoint to the next, from which the same command goes on; 0: after each step"
         run.add_argument("--checkpoint_minutes", type=at_least(0, float, 1e6), default=5.0, help=often)
         if compile:
@@ -1064,10 +1061,9 @@ def load_targets(args, objective="kd"):
     """The training images of a run and the targets that belong to them, for the stages after the teacher.
 
     Returns (train ImageSet, targets (N, D) float32, made): made is what the next file carries of its origin,
-    {options of the earlier stages, images_id, targets_id}. The targets stay on disk until they are read. A
-    fork's targets.pt needs no more than {targets}. It is not read for two kinds of objectives: the targets of
-    "supervised" are the labels, one-hot, and SSL (or None) has none, (N, 0). Raises Problem if images and
-    targets do not belong together.
+    {options of the earlier stages, images_id, targets_id}. The targets stay on disk until they are read; a
+    file needs no more than {targets}. Those of "supervised" are the labels, one-hot; SSL (or None) has none,
+    (N, 0). Raises Problem if images and targets do not belong together.
     """
     contents, path = {}, args.out_dir / "targets.pt"
     if objective in LOSSES and objective != "supervised":  # before images, which may take minutes to decode

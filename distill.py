@@ -81,7 +81,7 @@ def parse_args(argv=None):
     krr.add_argument("--batch_real", type=positive, default=1024, help="real images an iteration")
     krr.add_argument("--ridge", type=number, default=1e-6, help="lambda, as a share of the kernel's trace")
     parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
-    parser.add_run_options(("fp32", "tf32"), compile=True)  # in bf16 the gradient would be 8 % off
+    parser.add_run_options(compile=True)
     args = parser.parse_args(argv)
     for name, value in RECIPES[args.method].items():
         if getattr(args, name) is None:
@@ -93,8 +93,6 @@ def parse_args(argv=None):
     else:
         raise Problem(f"--init {args.init}: choose {', '.join(INITS)}, or FILE.pt, a finished set")
     auto = args.lr_init == "auto"
-    if auto and args.method == "krr_st" and args.iters:
-        raise Problem("--lr_init auto: not with --method krr_st; leave one of them out")
     if not args.iters:  # a plain subset does not depend on how it would be learnt
         args.method = "mkdt"
         for group in (learn, krr) if auto else (learn, krr, match):
@@ -222,7 +220,7 @@ def make_step_loss(args, net, data, *key):
     def step_loss(theta, x, z, n):
         common.seed_dropout(args.device, args.seed, "dropout", *key, n)
         draws = common.generator(args.device, args.seed, "views", *key, n) if ssl else None
-        f = lambda x: common.forward_flat(net, theta, x)  # noqa: E731
+        f = lambda x: common.forward_flat(net, theta, x, precision=args.precision)  # noqa: E731
         return common.student_loss(args.objective, f, x, z, data, draws)
 
     return step_loss
@@ -237,7 +235,7 @@ def compiled_functions(args, net, data):
         raise Problem("--compile: the student draws (dropout?), fused steps do not repeat that; --no-compile")
 
     def loss_fn(theta, x, z, n):
-        f = lambda x: common.forward_flat(net, theta, x, layout)  # noqa: E731
+        f = lambda x: common.forward_flat(net, theta, x, layout, args.precision)  # noqa: E731
         return common.student_loss(args.objective, f, x, z, data)
 
     return step_functions(loss_fn, compile=True)
@@ -306,15 +304,6 @@ def kernel_ridge(features, targets, queries, ridge):
 
 
 # ---- The start of the set, and its experts -----------------------------------------------------------------
-
-
-def high_loss_indices(example_losses, size):
-    """The `size` images with the highest loss, (size,), hardest first; example_losses: K times (N,).
-
-    The losses are averaged over the experts (section 4.2, "Initializing Synthetic Data"); no labels, no
-    balancing.
-    """
-    return sum(example_losses).topk(size).indices
 
 
 def greedy_gains(features, size):
@@ -407,7 +396,7 @@ def load_experts(paths, num_images, num_parameters, made):
 
 
 def start_indices(args, data, all_targets, example_losses):
-    """The real images from which the set starts, (S,) int64."""
+    """The real images from which the set starts, (S,) int64; example_losses: K times (N,)."""
     n, least = len(all_targets), 2 if args.objective in common.SSL else 1  # SSL contrasts images
     size = int(args.fraction * n)
     if args.batch_syn < least:
@@ -415,8 +404,8 @@ def start_indices(args, data, all_targets, example_losses):
     if not least <= size <= n:
         raise Problem(f"--fraction {args.fraction:g}: makes a set of {size} of {n} images; choose one from "
                       f"{math.ceil(1e4 * least / n) / 1e4:g} to 1, for run_all.sh by FRACTION")
-    if args.init == "high_loss":
-        return high_loss_indices(example_losses, size)
+    if args.init == "high_loss":  # section 4.2: over all experts, hardest first; no labels, no balancing
+        return sum(example_losses).topk(size).indices
     if args.init == "sas":
         return sas_indices(all_targets, find_latent_classes(args, all_targets, data.labels), size)
     return torch.randperm(n, generator=common.generator("cpu", args.seed, "subset"))[:size]
@@ -538,7 +527,8 @@ def distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log):
 
     def train(k, count=1):
         for _ in range(count):
-            loss = F.mse_loss(pool[k](syn.images.detach()), syn.targets.detach())
+            f = common.in_precision(pool[k], args.precision)
+            loss = F.mse_loss(f(syn.images.detach()), syn.targets.detach())
             inner.zero_grad()
             loss.backward()
             inner.step()
@@ -560,9 +550,10 @@ def distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log):
         k = torch.randint(len(pool), (), generator=draws).item()
         batch = torch.randperm(len(images), generator=draws)[: args.batch_real]
         x, z = common.fetch(images, batch, args.device), common.fetch(all_targets, batch, args.device)
+        features_of = common.in_precision(pool[k].features, args.precision)
         with torch.no_grad():
-            queries = pool[k].features(common.normalise(x, data)).to(exact)
-        features = pool[k].features(syn.images).to(exact)
+            queries = features_of(common.normalise(x, data)).to(exact)
+        features = features_of(syn.images).to(exact)
         try:
             predicted = kernel_ridge(features, syn.targets.to(exact), queries, args.ridge)
         except torch.linalg.LinAlgError:

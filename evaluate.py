@@ -14,13 +14,10 @@ Writes: OUT/results.jsonl   a record a cell: {set, pretrain, seed, steps, downst
 
     python evaluate.py         # none, every set in OUT/sets, full; probed on CIFAR-10
     python evaluate.py --sets none subset_random subset_random:simclr --downstream cifar10 cifar100
-    python evaluate.py --protocol finetune        # full fine-tuning on all labels (appendix B)
     python evaluate.py --probe_at 20 80 320 --name curve    # accuracy against steps of pre-training
-    torchrun --nproc_per_node 4 evaluate.py       # on four GPUs, each its sets and seeds
 
 The set "none" is the student's random initialisation, "full" the real images with the teacher's targets. Sets
-whose names differ by _seedN only are repetitions of one distillation, and one row. What cannot be measured is
-said in a line, shows as "failed" or "not run" in the table, and makes the exit status 2.
+whose names differ by _seedN only are one row. What cannot be measured is said in a line, and exit status 2.
 """
 
 import collections
@@ -140,10 +137,9 @@ def mirrored(images, generator):
 def pretrain(net, objective, images, targets, data, lr, args, seed, steps=None, checkpoint_of=None):
     """Train net in place on a set: by SGD on the MSE to its targets (objective "kd", eq. 9), or by SSL.
 
-    "krr_st" is "kd" with the recipe of KRR-ST (Lee et al., ICLR 2024). SSL sees the images alone, in two
-    random views, and trains by Adam, as the paper does (appendix A.2). images (S, C, H, W) are normalised by
-    the mean and std of data, an ImageSet, or uint8. steps: instead of --epochs; checkpoint_of(net=net,
-    optimizer=optimizer) makes the encoder's Checkpoint. Raises Problem where the set is too small.
+    "krr_st" is "kd" by KRR-ST's recipe; SSL sees two random views, and trains by Adam (appendix A.2).
+    images (S, C, H, W) are normalised by the mean and std of data, an ImageSet, or uint8. steps: not by
+    --epochs; checkpoint_of(net=net, optimizer=optimizer) makes the encoder's Checkpoint.
     """
     ssl = objective in common.SSL
     if ssl:
@@ -286,8 +282,8 @@ def attempt(function, *arguments, said=None, what="", seed=""):
 def load_set(path, data, ids, row):
     """(images, targets, lr) of a set; raises Problem if they do not fit data, an ImageSet.
 
-    ids: {images_id, targets_id} of what the table's other sets were made from, row: options of those of its
-    row; the set must have the same, as far as it names them, and adds its own.
+    ids: {images_id, targets_id} of the table's other sets, row: options of those of its row. It must have the
+    same, as far as it names them, and adds its own.
     """
     contents = common.load(path, {"images": 4, "targets": 2, "lr": 0}, "distill.py")
     images, targets, shape = contents["images"], contents["targets"], tuple(data.images.shape[1:])
@@ -329,9 +325,8 @@ def load_downstream(name, args, channels):
 def find_rows(folder, asked, full=True):
     """The table's rows in its order, {(name, objective): names of its sets}.
 
-    The sets NAME, NAME_seed1, NAME_seed2 ... are one row; a set asked for by its own seed stands for itself.
-    asked: NAME or NAME:OBJECTIVE each (a set of the name need not be there), or nothing for all that are
-    there; full: whether the real images' targets are. Raises Problem if nothing is there, nor asked for.
+    NAME, NAME_seed1, NAME_seed2 ... are one row; a set asked for by its own seed stands for itself. asked:
+    NAME or NAME:OBJECTIVE each, there or not; nothing for all; full: whether the targets of full data are.
     """
     there = sorted(path.stem for path in folder.glob("*.pt"))
     for name in [n for n in there if n in ("none", "full") or not re.fullmatch(NAME, n)]:
@@ -489,7 +484,7 @@ def short_names(downstream):
 
 def make_tables(table, rows, downstream, budgets, paper):
     """Markdown, a table a downstream set: a row a (set, objective); for each budget, a pair (labelled
-    fraction, steps of pre-training, or None by --epochs), accuracy, difference to BASE, the paper's figure.
+    fraction, steps, or None by --epochs), accuracy, difference to BASE, the paper's figure.
 
     rows: find_rows'; table: accuracies (sets, seeds) or None, as main has them; paper: read_paper's.
     """
@@ -591,8 +586,7 @@ def write_tables(args, table, rows, downstream, paper):
 
 def main(args):
     common.set_up(args)
-    known = args.paper and args.protocol == "linear"
-    paper = read_paper(args.paper, args.dataset, args.arch) if known else {}
+    paper = read_paper(args.paper, args.dataset, args.arch) if args.protocol == "linear" else {}
     folder = args.out_dir / "sets"
     rows = find_rows(folder, args.sets, full=(args.out_dir / "targets.pt").exists())
     full = any(name == "full" for name, _ in rows)

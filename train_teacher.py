@@ -17,8 +17,6 @@ The targets are the features f_T(x) before the projector, in eval mode, of image
     python train_teacher.py --encoder torchvision:resnet50       # of a network trained on ImageNet
     python train_teacher.py --target_dim 256     # 256 principal components instead (not the paper)
     torchrun --nproc_per_node 4 train_teacher.py                 # on four GPUs, each a quarter of a batch
-
-CIFAR-10 at the paper's setting is 332 x 10^15 operations; digits (run_all.sh) take 20 s on a CPU core.
 """
 
 import math

@@ -17,7 +17,7 @@ import common
 
 CHECKED = {"MALLOC_CHECK_": "3", "LD_PRELOAD": "libc_malloc_debug.so.0"}  # without the library a warning
 WIDTHS = [4, 5, 6, 7, 8, 9, 10, 12, 14, 15, 16, 20, 24, 31, 32, 33, 40, 48, 64]
-KINDS = ["teacher", "teacher, bf16", "expert", "student"]
+KINDS = ["teacher", "teacher, bf16", "expert", "student", "student, bf16"]
 SIZES = [8, 16, 24, 32, 48, 64, 96, 128]
 
 
@@ -34,7 +34,7 @@ def test_no_network_crashes(isa, request):
     """Forwards and backwards, teachers and experts, and students twice backwards, each in its layout."""
     if not (whole := request.config.getoption("sweep")) and isa:
         pytest.skip("with --sweep alone")
-    few = ["teacher", "student"], [8, 32], [64], [7]
+    few = ["teacher", "student, bf16"], [8, 32], [64], [7]
     kinds, widths, sizes, batches = (KINDS, WIDTHS, SIZES, [7, 32]) if whole else few
     kinds = [kind for kind in kinds if "bf16" not in kind or isa != "SSE41"]  # which takes minutes a step
     cases = list(itertools.product(kinds, widths, sizes, batches))
@@ -50,15 +50,15 @@ def run_case(kind, width, px, batch):
     import distill
 
     layout, x = common.layout(width), torch.randn(batch, 3, px, px)
-    if kind == "student":  # in distill.py
+    precision = kind.partition(", ")[2] or "fp32"
+    if kind.startswith("student"):  # in distill.py
         net = common.make_student(32, px, 3, width)
         _, reverse = distill.step_functions(
-            lambda theta, x, z, n: common.mse_loss(common.forward_flat(net, theta, x, layout), z))
+            lambda theta, x, z, n: common.mse_loss(common.forward_flat(net, theta, x, layout, precision), z))
         theta = common.flatten(net)
         return reverse(theta, x, torch.randn(batch, 32), 0, torch.randn_like(theta))
     net = common.make_student(32, px, 3, width) if kind == "expert" else common.ResNet(width=width)
     net = net.to(memory_format=layout)
-    precision = kind.partition(", ")[2] or "fp32"
     for _ in range(2):
         common.in_precision(net, precision)(x.contiguous(memory_format=layout)).square().mean().backward()
     net.eval()(x)
