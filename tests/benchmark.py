@@ -73,23 +73,30 @@ def iteration(side, device):
     used = 896 if device == "cpu" else 1000  # 896 are whole batches of 128
     batches = list(itertools.islice(common.shuffled(used, batch, 0), steps))
     batches = [b.to(to["device"]) for b in batches]
-    memory_format = torch.channels_last if side == "ours" else torch.contiguous_format
+    our = side in ("ours", "bf16")
+    how = dict(memory_format=torch.channels_last if our else torch.contiguous_format,
+               precision="bf16" if side == "bf16" else "fp32")
 
     def loss_fn(theta, x, z, n):
-        f = functools.partial(common.forward_flat, net, theta, memory_format=memory_format)
+        f = functools.partial(common.forward_flat, net, theta, **how)
         return common.student_loss("kd", f, x, z, DATA)
 
-    fused = side == "ours" and device != "fake"
+    fused = our and device != "fake"
     functions = distill.step_functions(loss_fn, compile=True) if fused else None
 
     def run():
-        if side in ("ours", "exact"):
+        if our or side == "exact":
             end = distill.student_steps(loss_fn, theta, images, targets, lr, batches, 0.0, functions)
         else:
             end = unrolled_steps(loss_fn, theta.clone().requires_grad_(), images, targets, lr, batches)
         return torch.autograd.grad(distill.matching_loss(end, theta, goal), (images, lr))
 
     return run
+
+
+def iteration_bf16(side, device):
+    """The same iteration by --precision bf16; the baseline: ours in float32."""
+    return iteration({"ours": "bf16", "baseline": "ours"}.get(side, side), device)
 
 
 class Counter(TorchDispatchMode):
@@ -135,12 +142,12 @@ def count():
               f"{counter.traffic / 2**30:.0f} GiB read or written", flush=True)
 
 
-def experts(side, device):
+def experts(side, device, precision="fp32"):
     """An epoch of expert training on 2,048 images in batches of 256."""
     images, targets = torch.randint(0, 256, (2048, 3, 32, 32), dtype=torch.uint8), torch.randn(2048, 512)
     net = common.ConvNet(512).to(device)
     if side == "ours":
-        args = train_experts.parse_args(["--epochs", "1", "--device", device])
+        args = train_experts.parse_args(["--epochs", "1", "--device", device, "--precision", precision])
         images, targets = images.to(device), targets.to(device)
         net = net.to(memory_format=torch.channels_last)
         forward = common.compiled(lambda x: net(x.contiguous(memory_format=torch.channels_last)))
@@ -158,6 +165,11 @@ def experts(side, device):
         return common.flatten(net)
 
     return run
+
+
+def experts_bf16(side, device):
+    """The same epoch by --precision bf16; the baseline: ours in float32."""
+    return experts("ours", device, "bf16" if side == "ours" else "fp32")
 
 
 def views(side, device):
@@ -243,13 +255,15 @@ def large_probe(side, device):
 
 TASKS = {  # name -> (function, whether both sides compute the same numbers)
     "iteration": (iteration, True),
+    "iteration_bf16": (iteration_bf16, True),
     "experts": (experts, False),
+    "experts_bf16": (experts_bf16, False),
     "teacher": (teacher, False),
     "views": (views, False),
     "probe": (probe, True),
     "large_probe": (large_probe, True),
 }
-EXACT = ("iteration",)  # compared with float64, too
+EXACT = ("iteration", "iteration_bf16")  # compared with float64, too
 
 
 # ------------------------------------------------------------------------------------------------------------
