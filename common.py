@@ -582,6 +582,24 @@ def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0
     return x
 
 
+AUGMENT = ["none", "flip", "flip_crop"]
+AUGMENT_HELP = "views of students: mirrored (digits never), and cropped from the image padded by an eighth"
+
+
+def augment(x, kind, flip, draws):
+    """A random view of each image of x (B, C, H, W); kind: one of AUGMENT; flip: may it be mirrored?"""
+    if kind != "none" and flip:
+        x = torch.where(torch.rand(len(x), 1, 1, 1, generator=draws, device=x.device) < 0.5, x.flip(3), x)
+    if kind != "flip_crop":
+        return x
+    size, padding = x.shape[-1], x.shape[-1] // 8  # 4 at 32 px
+    at = torch.randint(2 * padding + 1, (len(x), 2, 1), generator=draws, device=x.device)
+    i, j = (at + torch.arange(size, device=x.device)).unbind(1)  # (B, size) each: the rows, the columns
+    where = (i.unsqueeze(2) * (size + 2 * padding) + j.unsqueeze(1)).view(len(x), 1, -1)
+    flat = F.pad(x, [padding] * 4).flatten(2)
+    return flat.gather(2, where.expand(-1, x.shape[1], -1)).view_as(x)
+
+
 def random_crop(x, draw, min_crop, flip):
     """Random resized crop and mirror of x (B, C, H, W), by an affine grid; draw(low, high) gives (B,).
 
@@ -653,23 +671,24 @@ SSL = {  # of the student's outputs for two views; weights as in train_teacher.p
 }
 
 
-def student_loss(objective, f, x, z, data, draws=None):
+def student_loss(objective, f, x, z, data, draws=None, kind="none"):
     """The loss of a student on a batch, a scalar.
 
-    "kd" is the MSE of f(x) to the targets z (eq. 5), "supervised" the cross-entropy to one-hot labels z, both
-    without augmentation. SSL compares f of two random views of x, and z is not looked at.
+    "kd" is the MSE of f(x) to the targets z (eq. 5), "supervised" the cross-entropy to one-hot labels z, of x
+    as augment shows it. SSL compares f of two random views of x, and z is not looked at.
 
     Args:
         objective: a key of LOSSES or SSL; f: images (B, C, H, W) -> (B, D).
         x: (B, C, H, W), uint8, or float and normalised; z: (B, D).
         data: the ImageSet by whose mean and std the student sees images; its flip counts for views.
-        draws: a torch.Generator on the images' device, for the views.
+        draws: a torch.Generator on the images' device, for the views; kind: one of AUGMENT.
     """
     if objective in SSL:
         x = x if x.dtype == torch.uint8 else denormalise(x, data)
         views = [random_view(x, draws, flip=data.flip) for _ in range(2)]
         return SSL[objective](*(f(normalise(view, data)) for view in views))
-    return LOSSES[objective](f(normalise(x, data) if x.dtype == torch.uint8 else x), z)
+    x = normalise(x, data) if x.dtype == torch.uint8 else x
+    return LOSSES[objective](f(augment(x, kind, data and data.flip, draws)), z)
 
 
 # ---- Linear probe -----------------------------------------------------------------------------------------
@@ -734,6 +753,7 @@ class Parser(argparse.ArgumentParser):
         net = self.add_argument_group("student f_S, the same in all stages")
         net.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
         net.add_argument("--depth", type=positive, help=DEPTH_HELP)
+        net.add_argument("--augment", choices=AUGMENT, default="none", help=AUGMENT_HELP)
 
     def add_run_options(self, compile=False):
         run = self.add_argument_group("how to run (of these only --precision counts for the result)")

@@ -23,6 +23,7 @@ Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,
     torchrun --nproc_per_node 4 distill.py        # four experts an iteration, on a GPU each
 """
 
+import functools
 import itertools
 import math
 import re
@@ -152,14 +153,14 @@ class _StudentSteps(torch.autograd.Function):
     """N SGD steps forward; backward, the adjoint of one step after another, from its theta_n alone."""
 
     @staticmethod
-    def forward(ctx, theta, images, targets, lr, gradient, reverse, batches, momentum):
+    def forward(ctx, theta, images, targets, lr, gradient, reverse, batches, momentum, view):
         images, targets, thetas, velocity = images.detach(), targets.detach(), [], torch.zeros_like(theta)
         for n, batch in enumerate(batches):
             thetas.append(theta.detach())
-            velocity = momentum * velocity + gradient(thetas[n], images[batch], targets[batch], n)
+            velocity = momentum * velocity + gradient(thetas[n], view(images[batch], n), targets[batch], n)
             theta = theta - lr * velocity
         ctx.save_for_backward(images, targets, lr, *thetas)
-        ctx.reverse, ctx.batches, ctx.momentum = reverse, batches, momentum
+        ctx.reverse, ctx.batches, ctx.momentum, ctx.view = reverse, batches, momentum, view
         return theta if batches else theta.clone()  # autograd wants no input returned as it is
 
     @staticmethod
@@ -171,15 +172,18 @@ class _StudentSteps(torch.autograd.Function):
         for n in reversed(range(len(thetas))):
             batch = ctx.batches[n]
             r = lam + ctx.momentum * r  # dL/dg_n = - lr r: g_n goes into every later velocity
-            s, ds_dtheta, ds_dx, ds_dz = ctx.reverse(thetas[n], images[batch], targets[batch], n, r)
-            d_images.index_add_(0, batch, -lr * ds_dx)
+            with torch.enable_grad():
+                seen = ctx.view(x := images[batch].requires_grad_(), n)
+            s, ds_dtheta, ds_dseen, ds_dz = ctx.reverse(thetas[n], seen.detach(), targets[batch], n, r)
+            d_images.index_add_(0, batch, -lr * torch.autograd.grad(seen, x, ds_dseen)[0])
             d_targets.index_add_(0, batch, -lr * ds_dz)
             d_lr -= s
             lam = lam - lr * ds_dtheta
-        return lam, d_images, d_targets, d_lr, None, None, None, None
+        return lam, d_images, d_targets, d_lr, None, None, None, None, None
 
 
-def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0, functions=None):
+def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0, functions=None,
+                  view=lambda x, n: x):
     """Train a student on the synthetic set (eq. 8): theta_{n+1} = theta_n - lr v_{n+1}.
 
     v_{n+1} = momentum v_n + g_n with v_0 = 0, and g_n is the gradient in theta_n of
@@ -199,13 +203,14 @@ def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0, fu
         theta: (P,); images: (S, C, H, W); targets: (S, D); lr: a scalar.
         batches: N index tensors into images and targets.
         functions: step_functions of the loss_fn, if they are compiled.
+        view: (images (B, C, H, W), n) -> (B, C, H, W), what step n sees of them; it must follow from n, too.
 
     Returns theta_N (P,).
     """
     lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device)
     batches = [common.send(batch, images.device) for batch in batches]
     gradient, reverse = functions or step_functions(loss_fn)
-    return _StudentSteps.apply(theta, images, targets, lr, gradient, reverse, batches, momentum)
+    return _StudentSteps.apply(theta, images, targets, lr, gradient, reverse, batches, momentum, view)
 
 
 def matching_loss(theta, start, goal):
@@ -224,6 +229,12 @@ def make_step_loss(args, net, data, *key):
         return common.student_loss(args.objective, f, x, z, data, draws)
 
     return step_loss
+
+
+def make_view(args, data, *key):
+    """The view of student_steps (--augment), by (key, n); made outside of what is compiled."""
+    draws = functools.partial(common.generator, args.device, args.seed, "augment", *key)
+    return lambda x, n: common.augment(x, args.augment, data.flip, draws(n)) if args.augment != "none" else x
 
 
 def compiled_functions(args, net, data):
@@ -270,7 +281,7 @@ def find_rate(args, images, targets, net, data, trajectories, functions=None):
             step_loss = make_step_loss(args, net, data, "rate", i)
             with torch.no_grad():
                 theta = student_steps(step_loss, start, images, targets, rate, batches, args.inner_momentum,
-                                      functions)
+                                      functions, make_view(args, data, "rate", i))
             losses.append(matching_loss(theta, start, goal).item())
         return statistics.mean(losses) if all(map(math.isfinite, losses)) else math.inf
 
@@ -488,7 +499,7 @@ def distil_mkdt(args, syn, net, data, trajectories, functions, checkpoint_of, lo
         key = (it, common.rank())  # each process matches an expert of its own
         start, goal, batches, drawn = draw(args, len(syn.images), trajectories, *key)
         theta = student_steps(make_step_loss(args, net, data, *key), start, syn.images, syn.targets, syn.lr(),
-                              batches, args.inner_momentum, functions)
+                              batches, args.inner_momentum, functions, make_view(args, data, *key))
         loss = matching_loss(theta, start, goal)
         optimizer.zero_grad()
         (loss / common.world_size()).backward()

@@ -88,7 +88,7 @@ def parse_args(argv=None):
     pre.add_argument("--lr", type=number, default=0.1, help="for full data; a set brings its own, alpha_syn")
     pre.add_argument("--momentum", type=number, default=0.9, help="of SGD")
     pre.add_argument("--weight_decay", type=number, default=1e-4, help="of SGD")
-    pre.add_argument("--mirror", action="store_true", help="mirror half of the images (digits never)")
+    pre.add_argument("--augment", choices=common.AUGMENT, default="none", help=common.AUGMENT_HELP)
     probe = parser.add_argument_group("linear probe (eq. 3), or full fine-tuning (appendix B)")
     protocols = "finetune: as MKDT's authors; _slow: with a tenth of the lr for the body; _krr_st: as KRR-ST"
     probe.add_argument("--protocol", choices=["linear", *FINETUNE], default="linear", help=protocols)
@@ -128,12 +128,6 @@ def make_encoder(args, out_dim, image_size, channels):
     return common.ResNet(blocks, out_dim, channels, args.width)
 
 
-def mirrored(images, generator):
-    """Images (B, C, H, W), half of them mirrored."""
-    half = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
-    return torch.where(half, images.flip(3), images)
-
-
 def pretrain(net, objective, images, targets, data, lr, args, seed, steps=None, checkpoint_of=None):
     """Train net in place on a set: by SGD on the MSE to its targets (objective "kd", eq. 9), or by SSL.
 
@@ -164,10 +158,8 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, steps=None, 
         batch = next(batches)
         x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
         draws = common.generator(args.device, seed, "pretrain", "views", step)
-        if args.mirror and not ssl:
-            x = mirrored(x, draws)
         common.seed_dropout(args.device, seed, "pretrain", "dropout", step)
-        loss = common.student_loss(loss_name, f, x, z, data, draws)
+        loss = common.student_loss(loss_name, f, x, z, data, draws, args.augment)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -206,16 +198,6 @@ def probe(net, train, test, fractions, args, seed, name):
             for f, m in counts.items()}
 
 
-def padded_crop(images, generator):
-    """Each image (B, C, H, W), padded by an eighth, cut at a random place."""
-    size, padding = images.shape[-1], images.shape[-1] // 8  # 4 at 32 px
-    x = F.pad(images, [padding] * 4)
-    at = torch.randint(2 * padding + 1, (len(x), 2, 1), generator=generator, device=x.device)
-    i, j = (at + torch.arange(size, device=x.device)).unbind(1)  # (B, size) each: the rows, the columns
-    which = torch.arange(len(x), device=x.device).view(-1, 1, 1)
-    return x[which, :, i.unsqueeze(2), j.unsqueeze(1)].permute(0, 3, 1, 2)
-
-
 def finetune(net, train, test, fractions, args, seed, name):
     """Test accuracy in percent after training net and a new head (appendix B), {labelled fraction: accuracy}.
 
@@ -247,7 +229,7 @@ def finetune(net, train, test, fractions, args, seed, name):
             x = common.fetch(train.images, labelled[batch], args.device)
             if recipe["augment"]:
                 draws = common.generator(args.device, seed, "crop", step)
-                x = padded_crop(mirrored(x, draws) if train.flip else x, draws)
+                x = common.augment(x, "flip_crop", train.flip, draws)
             y = common.fetch(train.labels, labelled[batch], args.device)
             loss = F.cross_entropy(head(f(common.normalise(x, train))), y)
             optimizer.zero_grad()
@@ -559,7 +541,7 @@ def caption(args, rows, downstream, budgets, paper):
     ]
     if BASE in rows and len(rows) > 1:
         texts.append("Differences to the random subset: paired by seed, ± standard error.")
-    texts += ["Images are mirrored at random in pre-training."] * args.mirror
+    texts += [f"Pre-training with --augment {args.augment}."] * (args.augment != "none")
     texts += [f"Precision: {args.precision}."] * (args.precision != "fp32")
     if args.paper:
         known = any(d in downstream and (f, None) in budgets for _, d, f in paper)
@@ -591,7 +573,6 @@ def main(args):
     rows = find_rows(folder, args.sets, full=(args.out_dir / "targets.pt").exists())
     full = any(name == "full" for name, _ in rows)
     data, all_targets, made = common.load_targets(args, "kd" if full else None)
-    args.mirror = args.mirror and data.flip
     channels = data.images.shape[1]
     make_encoder(args, 1, data.images.shape[-1], channels)  # refused here, if it cannot be
     log, results = common.Log(args.out_dir / "evaluate.jsonl", args), args.out_dir / "results.jsonl"

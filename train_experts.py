@@ -85,9 +85,9 @@ def train_expert(net, forward, data, images, targets, args, k, checkpoint_of):
     for step in range(checkpoint.step, args.epochs * per_epoch):
         batch = next(batches)
         x, z = common.fetch(images, batch, args.device), common.fetch(targets, batch, args.device)
-        draws = common.generator(args.device, *key, "views", step) if ssl else None
+        draws = common.generator(args.device, *key, "views", step)
         common.seed_dropout(args.device, *key, "dropout", step)
-        loss = common.student_loss(args.objective, f, x, z, data, draws)
+        loss = common.student_loss(args.objective, f, x, z, data, draws, args.augment)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

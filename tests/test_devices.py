@@ -120,8 +120,8 @@ def options(**more):
     """What a stage's options say, for sets of 6 images and students of width 8."""
     return SimpleNamespace(**{**dict(
         device=GPU, seed=0, objective="kd", ssl="simclr", lr=0.1, momentum=0.9, weight_decay=0,
-        width=8, batch_size=8, epochs=1, krr_st_epochs=1, precision="fp32", arch="convnet", mirror=True,
-        bt_lambda=0.1, syn_steps=2, batch_syn=4, expert_epochs=1, max_start_epoch=1,
+        width=8, batch_size=8, epochs=1, krr_st_epochs=1, precision="fp32", arch="convnet",
+        augment="flip_crop", bt_lambda=0.1, syn_steps=2, batch_syn=4, expert_epochs=1, max_start_epoch=1,
         inner_momentum=0.0, iters=2, finetune_steps=1, protocol="finetune_krr_st", name="x", lr_img=1.0,
         lr_lr=0.1, lr_targets=0.1, clip_grad=0.1, decay=1.0, pool_size=2, pool_steps=2, batch_real=8,
         ridge=0.1, checkpoint_minutes=5.0, warmup_epochs=0, projection_dim=8, min_crop=0.1), **more})

@@ -48,10 +48,12 @@ def close(ours, expected):
 
 
 def assert_exact(loss_fn, theta, images, targets, momentum, lr=0.3, batches=BATCHES, functions=None,
-                 unused=()):
+                 unused=(), view=None):
     """student_steps gives what plain_steps gives, and its gradient in theta, images, targets and lr."""
-    goal, results = theta + 0.1 * torch.randn_like(theta), []
-    for steps in (plain_steps, functools.partial(distill.student_steps, functions=functions)):
+    goal, results, views = theta + 0.1 * torch.randn_like(theta), [], {"view": view} if view else {}
+    seen = (lambda theta, x, z, n: loss_fn(theta, view(x, n), z, n)) if view else loss_fn
+    for steps in (lambda _, *words: plain_steps(seen, *words),
+                  functools.partial(distill.student_steps, functions=functions, **views)):
         leaves = [torch.as_tensor(t, dtype=theta.dtype).clone() for t in (theta, images, targets, lr)]
         leaves = dict(zip(("theta", "images", "targets", "lr"), (leaf.requires_grad_() for leaf in leaves)))
         end = steps(loss_fn, *leaves.values(), batches, momentum)
@@ -83,6 +85,19 @@ def test_steps_of_every_objective_are_exact(objective, momentum):
     args = argparse.Namespace(objective=objective, seed=0, device="cpu", precision="fp32")
     loss_fn, unused = distill.make_step_loss(args, net, data, 3), ["targets"] * (objective in common.SSL)
     assert_exact(loss_fn, common.flatten(net), images, targets, momentum, 0.05, BATCHES[:5], unused=unused)
+
+
+@momenta
+@pytest.mark.parametrize("kind", common.AUGMENT)
+def test_steps_on_views_are_exact(kind, momentum):
+    """Mirrored and cropped by the step's seed: the way back sees what the way there saw."""
+    args = distill.parse_args(["--augment", kind, "--device", "cpu"])
+    _, _, images, _ = case = problem()
+    view = distill.make_view(args, common.ImageSet(None, None, None, None), 5)
+    once, again, other = view(images, 1), view(images, 1), view(images, 0)
+    assert torch.equal(once, again)
+    assert torch.equal(once, images) == torch.equal(once, other) == (kind == "none")
+    assert_exact(*case, momentum, view=view)
 
 
 class Transformer(nn.Module):
@@ -204,7 +219,7 @@ def test_matching_loss():
 
 def matching_args(**options):
     always = dict(seed=0, objective="kd", device="cpu", width=8, compile=False, inner_momentum=0.0,
-                  precision="fp32")
+                  precision="fp32", augment="none")
     return argparse.Namespace(**always, **options)
 
 

@@ -547,7 +547,7 @@ def test_compile(copy, monkeypatch):
 
 
 VIT = {"nn": nn, "torch": torch, "F": F}  # the README's student: attention and dropout
-exec(re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1], VIT)
+exec(re.search(r"```python\n(class ViT.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1], VIT)
 
 
 def without_dropout(net):
@@ -703,9 +703,9 @@ def test_ssl_on_the_images_of_a_set(copy):
     refused("evaluate", copy, "--sets subset_random:gan", "--sets", "subset_random:gan", "simclr")
 
 
-def test_mirrored_images(copy):
-    """--mirror shows each image both ways, at random; not digits, so that nothing is to be measured then."""
-    args = evaluate.parse_args([*DATA, "--mirror", "--epochs", "40"])
+def test_mirrored_images():
+    """--augment flip shows each image both ways, at random; digits as they are."""
+    args = evaluate.parse_args([*DATA, "--augment", "flip", "--epochs", "40"])
     seen, images = [], torch.randn(2, 1, 8, 8)
 
     class Spy(nn.Linear):
@@ -714,13 +714,29 @@ def test_mirrored_images(copy):
                         for y in x for i in (0, 1) if torch.equal(y.sort()[0], images[i].sort()[0]))
             return super().forward(x.flatten(1))
 
-    evaluate.pretrain(Spy(64, D), "kd", images, torch.zeros(2, D), digits(), 0.1, args, 0)
-    for i in (0, 1):
-        ways = [(plain, mirrored) for j, plain, mirrored in seen if j == i]
-        assert len(ways) == 40 and set(ways) == {(True, False), (False, True)}
-    before = (copy / "results.jsonl").read_bytes(), (copy / "results.md").read_bytes()
-    run("evaluate", copy, "--mirror")
-    assert ((copy / "results.jsonl").read_bytes(), (copy / "results.md").read_bytes()) == before
+    for flip in (True, False):
+        seen.clear()
+        data, expected = digits()._replace(flip=flip), {(True, False), *[(False, True)] * flip}
+        evaluate.pretrain(Spy(64, D), "kd", images, torch.zeros(2, D), data, 0.1, args, 0)
+        for i in (0, 1):
+            ways = [(plain, mirrored) for j, plain, mirrored in seen if j == i]
+            assert len(ways) == 40 and set(ways) == expected
+
+
+def test_augment_of_all_stages(copy):
+    """Of experts, of distillation, of pre-training; files of other views are refused."""
+    plain = read(copy / "experts/0000.pt")["trajectory"]
+    refused("train_experts", copy, "--augment flip_crop", "0000.pt", "--augment none, now --augment flip")
+    shutil.rmtree(copy / "experts")
+    run("train_experts", copy, "--augment flip_crop")
+    cropped = read(copy / "experts/0000.pt")["trajectory"]
+    assert torch.equal(cropped[0], plain[0]) and not torch.equal(cropped[1], plain[1])
+    run("distill", copy, "--init random --iters 2 --augment flip_crop --name views")
+    run("distill", copy, "--init random --iters 2 --name plain")
+    views, plain = (read(copy / f"sets/{name}.pt")["images"] for name in ("views", "plain"))
+    assert not torch.equal(views, plain)
+    run("evaluate", copy, "--sets views --augment flip_crop --seeds 0")
+    assert "--augment flip_crop" in (copy / "results.md").read_text()
 
 
 @pytest.mark.parametrize("objective", ["kd", "krr_st", "simclr", "barlow_twins"])
@@ -783,7 +799,7 @@ def test_random_crop():
     for flip in (False, True):
         windows += [window.flip(2) for window in windows] if flip else []
         x, draws = image.expand(500, -1, -1, -1), common.generator("cpu", 0)
-        crops = evaluate.padded_crop(evaluate.mirrored(x, draws) if flip else x, draws)
+        crops = common.augment(x, "flip_crop", flip, draws)
         counts = [sum(torch.equal(crop, window) for crop in crops) for window in windows]
         assert sum(counts) == 500 and min(counts) > 0
 
