@@ -520,8 +520,7 @@ def distil_mkdt(args, syn, net, data, trajectories, functions, checkpoint_of, lo
 def distil_krr_st(args, syn, make_net, data, all_targets, checkpoint_of, log):
     """KRR-ST: AdamW on the error of kernel_ridge on real images, with the features of a student of a pool.
 
-    The student then takes a step on the set, or after --pool_steps starts anew, as does its counter (differs:
-    in the authors' code the counter stays, and the student is new each time from then on).
+    The student then takes a step on the set, or after --pool_steps starts anew, as does its counter.
     """
     optimizer = torch.optim.AdamW([syn.images, syn.targets], args.lr_img, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, args.decay, args.iters)

@@ -136,12 +136,10 @@ def pretrain(net, objective, images, targets, data, lr, args, seed, steps=None, 
     --epochs; checkpoint_of(net=net, optimizer=optimizer) makes the encoder's Checkpoint.
     """
     ssl = objective in common.SSL
+    ours = dict(lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(net.parameters(), **(KRR_ST if objective == "krr_st" else ours))
     if ssl:
         optimizer = torch.optim.Adam(net.parameters(), 1e-3, weight_decay=1e-6)
-    elif objective == "krr_st":
-        optimizer = torch.optim.SGD(net.parameters(), **KRR_ST)
-    else:
-        optimizer = torch.optim.SGD(net.parameters(), lr, args.momentum, weight_decay=args.weight_decay)
     smallest = 2 if ssl or args.arch != "convnet" else 1  # to contrast, or for BatchNorm
     if min(len(images), args.batch_size) < smallest:
         raise Problem(f"{len(images)} images in batches of {args.batch_size}: {objective} wants two at least")
@@ -447,10 +445,7 @@ def difference_text(a, base, paired):
 
 
 def read_paper(table, dataset, arch):
-    """A table of the paper for its pre-training set, {(row, downstream, fraction): (mean ± std, source)}.
-
-    Of Tables 3 and 4 there are none.
-    """
+    """A table of the paper for its pre-training set, {(row, downstream, fraction): (mean ± std, source)}."""
     with open(PAPER, newline="", encoding="utf-8") as file:
         lines = [line for line in csv.DictReader(file)
                  if (line["table"], line["pretraining_set"], line["arch"]) == (table, dataset, arch)]

@@ -301,15 +301,6 @@ def make_targets(features, dim):
     return {"targets": targets, "mean": mean, "components": components, "scale": scale}
 
 
-def load_test(args, data):
-    """The test images for the teacher's probe; None if there are none, or no two classes to tell apart."""
-    key, folder = common.parse_dataset(args.dataset, args.data_dir)
-    there = key != "imagefolder" or any((folder / part).is_dir() for part in ("test", "val"))
-    if data.labels is None or data.labels.max() == 0 or not there:
-        return None
-    return common.load_images(args.dataset, "test", args.data_dir, args.image_size, args.limit)
-
-
 def main(args):
     common.set_up(args)
     options, targets_path = common.recipe(args), args.out_dir / "targets.pt"
@@ -321,7 +312,10 @@ def main(args):
         return
     source = args.dataset, "train", args.data_dir, args.image_size, args.limit
     data = common.load_images(*source, args.device)
-    test = load_test(args, data)  # now, so that a fault shows before the training
+    key, folder = common.parse_dataset(args.dataset, args.data_dir)
+    test = key != "imagefolder" or any((folder / part).is_dir() for part in ("test", "val"))
+    test = test and data.labels is not None and data.labels.max() > 0  # there are two classes to tell apart
+    test = test and common.load_images(args.dataset, "test", *source[2:])  # faults show now
     if args.epochs and args.batch_size > len(data.images):
         raise Problem(f"--batch_size {args.batch_size}: there are {len(data.images)} images; choose less")
     made = {"options": {"train_teacher": options}, "images_id": common.fingerprint(data.images)}
