@@ -1104,7 +1104,7 @@ def load_targets(args, objective="kd"):
     return train, targets, made
 
 
-def check_same(path, contents, stage, now, advice="move it away, or choose another --out_dir"):
+def check_same(path, contents, stage, now, advice="move it away, or choose another --out_dir (OUT)"):
     """Raises Problem if a file's contents were made by a stage with other options or ids than now has.
 
     now: {option or id: value}. What one does not name is no difference: a fork's file may say nothing.

@@ -17,7 +17,7 @@ Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,
     python distill.py                             # 2 % of CIFAR-10, from the high-loss subset: mkdt_high_loss
     python distill.py --init random --iters 0     # the random subset itself, a baseline: subset_random
     python distill.py --init random --iters 0 --lr_init auto    # at the lr that suits it: subset_random_auto
-    python distill.py --init FILE.pt              # from a finished set, or images of one's own: mkdt_FILE
+    python distill.py --init FILE.pt              # from a finished set, or images of one's own: FILE_on
     python distill.py --method krr_st             # the baseline KRR-ST: krr_st_random
     python distill.py --seed 1                    # a second set of the method: mkdt_high_loss_seed1
     torchrun --nproc_per_node 4 distill.py        # four experts an iteration, on a GPU each
@@ -50,8 +50,8 @@ def parse_args(argv=None):
     parser.add_student_options()
     syn = parser.add_argument_group("synthetic set D_syn, Z_syn")
     syn.add_argument("--method", choices=RECIPES, default="mkdt", help="how it is learnt")
-    syn.add_argument("--fraction", type=number, default=0.02, help="|D_syn| / |D_real|")
-    start = "of D_syn: high_loss, random, sas, or FILE.pt, a finished set (default: high_loss, krr_st random)"
+    syn.add_argument("--fraction", type=number, help="|D_syn| / |D_real| (default: 0.02)")
+    start = "high_loss, random, sas, or images, targets, lr of FILE.pt (default: high_loss, krr_st random)"
     syn.add_argument("--init", help=start)
     syn.add_argument("--num_latent_classes", type=positive, help="SAS: of k-means (default: the data set's)")
     syn.add_argument("--iters", type=natural, help="S (default: 5000, krr_st 160000); 0: the plain subset")
@@ -89,10 +89,9 @@ def parse_args(argv=None):
             setattr(args, name, value)
     if args.init in INITS:
         args.lr_init = args.lr_init or 0.1
-    elif args.init.endswith(".pt"):
-        args.fraction = args.num_latent_classes = None  # the size is the file's
-    else:
-        raise Problem(f"--init {args.init}: choose {', '.join(INITS)}, or FILE.pt, a finished set")
+        args.fraction = 0.02 if args.fraction is None else args.fraction
+    elif args.fraction is not None or not args.init.endswith(".pt"):
+        raise Problem(f"--init {args.init}: choose {', '.join(INITS)}, or FILE.pt, without --fraction")
     auto = args.lr_init == "auto"
     if not args.iters:  # a plain subset does not depend on how it would be learnt
         args.method = "mkdt"
@@ -102,7 +101,8 @@ def parse_args(argv=None):
                     setattr(args, action.dest, action.default)
         args.inner_momentum = 0.9 if auto else 0.0  # as pre-training has
     if not args.name:
-        args.name = f"{args.method if args.iters else 'subset'}_{Path(args.init).stem}"
+        args.name = f"{args.method if args.iters else 'subset'}_{args.init}"
+        args.name = args.name if args.init in INITS else f"{Path(args.init).stem}_on"
         args.name += "_auto" if auto and not args.iters else ""
         args.name += f"_seed{args.seed}" if args.seed else ""
     if re.fullmatch(r"(none|full)(_seed\d+)?", args.name) or not re.fullmatch(r"\w[\w.+-]*", args.name):

@@ -71,7 +71,7 @@ BASE = ("subset_random", "kd")  # the row that others are compared with
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    sets = "rows: NAME, or NAME:OBJECTIVE (kd, krr_st, simclr, barlow_twins); default: none, all sets, full"
+    sets = "rows: NAME, or NAME:OBJECTIVE (kd, krr_st, simclr, barlow_twins); default: none, sets, full"
     parser.add_argument("--sets", nargs="+", help=sets)
     parser.add_argument("--name", default="results", help="of the table and the figure")
     paper = "table1 ... table7: also show the paper's figures, from results/paper.csv"
@@ -270,7 +270,7 @@ def load_set(path, data, ids, row):
     if images.shape[1:] != shape or len(targets) != len(images):
         raise Problem(f"{path}: has images {tuple(images.shape)} and targets {tuple(targets.shape)}, here "
                       f"images are {shape}; give the --dataset and --image_size that it was made with")
-    advice = "as other sets of its table or row; make it again, or rename it"
+    advice = "sets of a row or table go together: move it to a folder of its own, or make it again"
     common.check_same(path, contents, "distill", {**ids, **row}, advice)
     ids |= {name: contents[name] for name in ("images_id", "targets_id") if name in contents}
     made = contents.get("options", {}).get("distill", {})
@@ -525,12 +525,12 @@ def save_figure(path, table, rows, downstream, fractions, steps):
 def caption(args, rows, downstream, budgets, paper):
     """What the tables do not say of themselves."""
     judged = "linear probe" if args.protocol == "linear" else f"full fine-tuning ({args.protocol})"
-    long = f"{args.epochs} epochs"
+    long = f"{args.epochs} epochs in batches of {args.batch_size}"
     long += f" (as in KRR-ST: {args.krr_st_epochs})" if any(o == "krr_st" for _, o in rows) else ""
     long = "the steps that are said" if args.probe_at[0] else long
     texts = [
-        f"Accuracy in % on the {args.split} split, {judged} of {args.arch} encoders pre-trained on "
-        f"{short_names([args.dataset])[args.dataset]} for {long}.",
+        f"Accuracy in % on the {args.split} split, {judged} of {args.arch}s of width {args.width}, pre-"
+        f"trained on {short_names([args.dataset])[args.dataset]} for {long}.",
         "Mean ± std (divisor n - 1) over n seeds of weights, order and labels, or sets x seeds.",
         "Rows that name no other way are pre-trained by MSE to the set's targets (KD).",
     ]

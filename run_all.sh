@@ -9,7 +9,7 @@
 #   bash run_all.sh table1 [PRESET]    of the paper, table1 ... table7, appendix_b, figure1, or its rows on a preset
 #   ... rehearse                       at the end of any of them: all steps, tiny, in a minute or two
 #
-# Variables, with their defaults:
+# Variables, with their defaults (digits: simclr, 0.05, ten seeds):
 #   FRACTION=0.02  SSL=barlow_twins  DISTILL_SEEDS="0"  SEEDS="0 1 2" (of the evaluation)
 #   SETS="none ..."   rows: none, full, subset_INIT[_auto], krr_st_INIT, mkdt_INIT[_ITERS], mkdt_raised_INIT[_ITERS],
 #                     best_INIT[_ITERS] (INIT: random, high_loss, sas), with :krr_st, :simclr or :barlow_twins behind
@@ -76,7 +76,7 @@ esac
 options() {
   local dataset=$1 threads= seeds="0 1 2"; teacher= student= experts= match= paper= krr_st= evaluate= sets=$rows
   raised="--iters 100 --syn_steps 20 --batch_syn 128 --lr_img 3e4 --lr_lr 0.01 --clip_grad 0.003"
-  ours="--iters 400 --syn_steps 20 --batch_syn 128 --lr_img 1e4 --lr_lr 0.05 --clip_grad 0.003 --decay 0.1"
+  ours="--iters 100 --syn_steps 20 --batch_syn 128 --lr_img 1e4 --lr_lr 0.05 --clip_grad 0.003 --decay 0.1"
   ours+=" --inner_momentum 0.9 --log_lr --lr_init auto"
   ssl=${SSL:-$default_ssl} fraction=${FRACTION:-$default_fraction}
   base=$OUT/$(basename "${folder:-$1}") # the teacher's folder; it serves all sizes of sets
@@ -100,7 +100,7 @@ options() {
   case $1-$fraction in digits-0.05 | [!d]*-0.02) ;; *) out+=_$fraction ;; esac
   if [ -n "$rehearse" ]; then
     seeds="0 1" labels="0.1 0.5" student+=" --limit 500 --width 16" match+=" --syn_steps 3" fraction=${FRACTION:-0.1}
-    teacher+=" --limit 500 --width 8 --epochs 1 --batch_size 32" experts+=" --num_experts 2 --batch_size 32"
+    teacher+=" --limit 500 --width 8 --epochs 1 --batch_size 16" experts+=" --num_experts 2 --batch_size 32"
     krr_st+=" --pool_steps 9 --batch_real 32" evaluate+=" --epochs 2 --krr_st_epochs 4 --finetune_steps 3"
   fi
   sets=${SETS:-$sets} sets=${sets//:SSL/:$ssl} student+=" ${STUDENT:-}" teacher="--ssl $ssl $teacher ${TEACHER:-}"

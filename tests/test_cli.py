@@ -145,7 +145,7 @@ def test_presets_are_the_paper(preset, fraction):
         "subset_random", "subset_sas", "subset_high_loss", "mkdt_random", "mkdt_high_loss",
         "subset_random_auto", "best_random"]
     for d in calls["distill"]:
-        iters = {"s": 0, "m": 5000, "b": 400}[d.name[0]]
+        iters = {"s": 0, "m": 5000, "b": 100}[d.name[0]]
         assert d.fraction == float(fraction) and d.iters == iters
         if d.name.startswith("mkdt"):
             assert (d.syn_steps, d.expert_epochs, d.max_start_epoch, d.lr_img) == expected
@@ -166,7 +166,7 @@ def test_a_row_says_how_it_is_made():
     assert found == {
         "mkdt_random": (5000, 40, 256, 1e3, 1e-4, None, 0, False, 0.1, 1),
         "mkdt_raised_random": (100, 20, 128, 3e4, 0.01, 0.003, 0, False, 0.1, 1),
-        "best_random": (400, *ours), "best_sas_7": (7, *ours),
+        "best_random": (100, *ours), "best_sas_7": (7, *ours),
         "subset_random_auto": (0, 40, 256, None, 1e-4, None, 0.9, False, "auto", None)}
     assert {d.init for d in calls["distill"]} == {"random", "sas"}
     assert len({str(args.out_dir) for name in STAGES for args in calls[name]}) == 1

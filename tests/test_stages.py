@@ -302,7 +302,7 @@ def test_a_mistake_and_sets_that_are_no_row(copy, capsys):
     assert before == {path: path.read_bytes() for path in copy.glob("results.*")}
     run("distill", copy, "--init random --iters 1 --seed 1 --fraction 0.2")
     fails(capsys, copy, "--sets mkdt_random",
-          "mkdt_random_seed1.pt: was made with --fraction 0.2, now --fraction 0.1; as other sets of its")
+          "mkdt_random_seed1.pt: was made with --fraction 0.2, now --fraction 0.1; sets of a row")
     assert "(2 failed)" in (copy / "results.md").read_text()
 
 
@@ -1027,32 +1027,41 @@ def test_names_of_sets():
         refuses(lambda name=name: distill.parse_args([f"--name={name}"]), "--name", what=name)
 
 
-def test_a_set_that_starts_from_another(copy, tmp_path):
+@pytest.fixture
+def start(copy, tmp_path):
+    """distill.py --init FILE.pt, of a name in the folder of a test, with the size of the file."""
+    at = OPTIONS["distill"].index("--fraction")
+    words = [*OPTIONS["distill"][:at], *OPTIONS["distill"][at + 2 :], "--out_dir", copy]
+    return lambda name, options="--iters 1": stage(
+        "distill", [*words, "--init", tmp_path / "copy/sets" / f"{name}.pt", *options.split()])
+
+
+def test_a_set_that_starts_from_another(copy, tmp_path, start):
     """--init FILE.pt: its images, targets, lr and indices, whatever its mean and std; with other options."""
     run("distill", copy, "--init random --iters 2 --lr_img 10 --name first")
     first = read(copy / "sets/first.pt")
-    start = f"--init {copy}/sets/first.pt"
-    run("distill", copy, f"{start} --iters 0")
-    again = read(copy / "sets/subset_first.pt")
+    shutil.copy(copy / "sets/first.pt", copy / "sets/again.pt")
+    start("first", "--iters 0")
+    again = read(copy / "sets/first_on.pt")
     assert all(torch.equal(first[name], again[name]) for name in ("images", "targets", "indices"))
     assert again["lr"] == pytest.approx(first["lr"]) and again["options"]["distill"]["init"] == "first.pt"
-    run("distill", copy, f"{start} --iters 1 --lr_init 0.3 --lr_lr 0 --inner_momentum 0.9")
-    on = read(copy / "sets/mkdt_first.pt")
+    start("again", "--iters 1 --lr_init 0.3 --lr_lr 0 --inner_momentum 0.9")
+    on = read(copy / "sets/again_on.pt")
     assert on["lr"] == pytest.approx(0.3) and on["images"].shape == first["images"].shape
     assert not torch.equal(on["images"], first["images"]) and torch.equal(on["indices"], first["indices"])
     # A finished set without ids or indices, of half precision, normalised otherwise.
     own, data = {name: first[name] for name in ("targets", "lr", "mean", "std")}, digits()
     own["images"] = ((first["images"] * data.std + data.mean - 0.5) / 0.25).half()
     torch.save({**own, "mean": torch.tensor([0.5]), "std": torch.tensor([0.25])}, tmp_path / "own.pt")
-    run("distill", copy, f"--init {tmp_path}/own.pt --iters 0")
-    found = read(copy / "sets/subset_own.pt")
+    start(tmp_path / "own", "--iters 0")
+    found = read(copy / "sets/own_on.pt")
     torch.testing.assert_close(found["images"], first["images"], atol=5e-3, rtol=0)
     assert (found["indices"] == -1).all()
     torch.save({**own, "images": own["images"] + 1}, tmp_path / "own.pt")
-    refused("distill", copy, f"--init {tmp_path}/own.pt --iters 0", "subset_own.pt", "other init")
+    refuses(lambda: start(tmp_path / "own", "--iters 0"), "own_on.pt", "other init")
 
 
-def test_a_start_that_does_not_fit(copy, tmp_path):
+def test_a_start_that_does_not_fit(copy, tmp_path, start):
     first = read(copy / "sets/mkdt_random.pt")
     for parts, *words in [
         ({"images": first["images"][:, :, :4]}, "(15, 1, 4, 8)"), ({"mean": torch.zeros(3)}, "mean (3,)"),
@@ -1060,11 +1069,12 @@ def test_a_start_that_does_not_fit(copy, tmp_path):
         ({"std": torch.zeros(1, 1)}, "'std'"), ({"targets_id": "x"}, "other targets"), ({"lr": -1}, "'lr'"),
         ({"indices": torch.zeros(3)}, "indices (3,)"), ({"indices": "x"}, "indices ()")]:
         torch.save({**first, **{k: v.clone() if torch.is_tensor(v) else v for k, v in parts.items()}},
-                   tmp_path / "x.pt")
-        refused("distill", copy, f"--init {tmp_path}/x.pt --iters 1", "x.pt", *words)
-    for init, word in [("gan", "high_loss"), (f"{tmp_path}/no.pt", "not found"), ("own.npz", "FILE.pt")]:
-        refused("distill", copy, f"--init {init} --iters 1", init, word)
-    assert not (copy / "sets/mkdt_x.pt").exists()
+                   copy / "sets/x.pt")
+        refuses(lambda: start("x"), "x.pt", *words, what=words)
+    refuses(lambda: start("no"), "no.pt", "not found")
+    for init, word in [("gan", "high_loss"), ("own.npz", "FILE.pt"), ("x.pt --fraction 0.1", "--fraction")]:
+        refused("distill", copy, f"--init {init} --iters 1", init.partition(" ")[0], word)
+    assert not (copy / "sets/x_on.pt").exists()
 
 
 def test_options_that_cannot_be(copy, capsys):
