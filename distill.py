@@ -20,7 +20,6 @@ Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,
     python distill.py --init FILE.pt              # from a finished set, or images of one's own: FILE_on
     python distill.py --method krr_st             # the baseline KRR-ST: krr_st_random
     python distill.py --seed 1                    # a second set of the method: mkdt_high_loss_seed1
-    torchrun --nproc_per_node 4 distill.py        # four experts an iteration, on a GPU each
 """
 
 import functools
@@ -100,6 +99,7 @@ def parse_args(argv=None):
                 if (args.init, action.dest) != ("high_loss", "max_experts"):
                     setattr(args, action.dest, action.default)
         args.inner_momentum = 0.9 if auto else 0.0  # as pre-training has
+        args.precision, args.augment = (args.precision, args.augment) if auto else ("fp32", "none")
     if not args.name:
         args.name = f"{args.method if args.iters else 'subset'}_{args.init}"
         args.name = args.name if args.init in INITS else f"{Path(args.init).stem}_on"
@@ -423,23 +423,24 @@ def start_indices(args, data, all_targets, example_losses):
 
 
 def load_start(args, data, dim, made):
-    """--init FILE.pt: (images (S, C, H, W), targets (S, D), lr, indices (S,), -1 each where it has none).
+    """--init FILE.pt: (images (S, C, H, W), targets (S, D), lr, indices (S,), -1 where it has none, its id).
 
-    Its images are normalised as data's, an ImageSet. Raises Problem if it does not fit data, or targets of
-    D = dim, or is of other targets than made, load_targets', names.
+    Images are normalised as data's. Raises Problem if it does not fit data, D = dim, or made, load_targets'.
     """
     found = common.load(args.init, {"images": 4, "targets": 2, "lr": 0, "mean": 1, "std": 1}, "distill.py")
     size, shape = len(found["images"]), tuple(data.images.shape[1:])
     found.setdefault("indices", torch.full((size,), -1))
     fits = dict(images=(size, *shape), targets=(size, dim), mean=shape[:1], std=shape[:1], indices=(size,))
     for name, fit in fits.items():
-        if (there := tuple(getattr(found[name], "shape", ()))) != fit:
-            raise Problem(f"--init {args.init}: its {name} {there} would be {fit} here; give another set")
+        there = tuple(getattr(found[name], "shape", ()))
+        if there != fit or (name == "indices" and found[name].dtype != torch.int64):
+            raise Problem(f"--init {args.init}: its {name} {there} would be {fit} here, indices int64")
     common.check_same(args.init, found, "", {"targets_id": made["targets_id"]}, "give another set")
     images, theirs = found["images"], data._replace(mean=found["mean"], std=found["std"])
     if torch.cat(theirs[2:4]).tolist() != torch.cat(data[2:4]).tolist():
         images = common.normalise(common.denormalise(images, theirs), data)
-    return images, found["targets"], args.lr_init or found["lr"], found["indices"].long()
+    init_id = common.fingerprint(images, *(found[name] for name in ("targets", "lr", "indices")))
+    return images, found["targets"], args.lr_init or found["lr"], found["indices"], init_id
 
 
 def save_picture(path, start, result, data, count=30, columns=10):
@@ -616,8 +617,8 @@ def main(args):
     trajectories, example_losses, made["options"] = load_experts(paths, n, common.flatten(net).numel(), made)
     ids = {"experts_id": common.fingerprint(*(t[-1] for t in trajectories))} if paths else {}
     if args.init not in INITS:
-        images, targets, lr, indices = load_start(args, data, all_targets.shape[1], made)
-        ids["init_id"], options["init"] = common.fingerprint(images, targets), Path(args.init).name
+        images, targets, lr, indices, init_id = load_start(args, data, all_targets.shape[1], made)
+        ids["init_id"], options["init"] = init_id, Path(args.init).name
     now = {**options, "images_id": made["images_id"], "targets_id": made["targets_id"]}
     made_by = {"distill": now, "train_experts": of_experts, "": ids}
     if common.is_done(path, made_by, {"images": 4, "targets": 2, "lr": 0}):

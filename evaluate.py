@@ -365,7 +365,7 @@ def read_accuracies(path, options):
 def checkpoint_path(args, cell):
     """Where the encoder of a cell is while it is pre-trained, and until it is judged."""
     job = "_".join(str(cell[name]) for name in ("set", "pretrain", "seed", "steps"))
-    return args.out_dir / f"evaluate_{job}.checkpoint"
+    return args.out_dir / f"evaluate_{args.arch}_{job}.checkpoint"
 
 
 def make_pretrained(args, cell, the_set, data, options):
@@ -376,7 +376,8 @@ def make_pretrained(args, cell, the_set, data, options):
     net = make_encoder(args, out_dim, data.images.shape[-1], data.images.shape[1]).to(args.device)
     if images is not None:
         images, targets = (common.place(part, args.device) for part in (images, targets))
-        now = {**options, "set_id": cell["set_id"], "lr": lr}
+        judging = dict.fromkeys(("protocol", "finetune_steps", "split"))  # an encoder depends on none
+        now = {**options, **judging, "set_id": cell["set_id"], "lr": lr}
         path = checkpoint_path(args, cell)
         pretrain(net, cell["pretrain"], images, targets, data, lr, args, cell["seed"], cell["steps"],
                  lambda **parts: common.Checkpoint(path, args, now, **parts))

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Teacher, experts, sets and evaluation in one go. What is finished is not done again, and what was under way goes
-# on from its checkpoint: after an interruption, give the same command once more.
+# Teacher, experts, sets and evaluation in one go. After an interruption give the same command again: it goes on.
 #
 #   bash run_all.sh [digits]           no download, three minutes on two CPU cores
 #   bash run_all.sh cifar10            the paper's setting; also cifar100, tinyimagenet
@@ -45,7 +44,7 @@ done
 judged=()
 while read -r name; do # of DOWNSTREAM
   if [[ $name = imagefolder:* ]]; then [ -d "${name#*:}" ] || [ -n "${DRY_RUN:-}" ]
-  else [ "$name" != images ] && grep -qF " \"$name\": Dataset(" common.py; fi || refuse "DOWNSTREAM: no labels: '$name'"
+  else [ "$name" != images ] && grep -qF " \"$name\": Dataset(" common.py; fi || refuse "DOWNSTREAM: '$name': is not there"
   judged+=("$name")
 done < <([ -z "${DOWNSTREAM:-}" ] || xargs -n 1 printf '%s\n' <<< "$DOWNSTREAM" 2>&1)
 only="fraction|init|seed|name|method|dataset|data_dir|out_dir|image_size|limit|width|depth" # all rows or none
@@ -78,7 +77,7 @@ options() {
   raised="--iters 100 --syn_steps 20 --batch_syn 128 --lr_img 3e4 --lr_lr 0.01 --clip_grad 0.003"
   ours="--iters 100 --syn_steps 20 --batch_syn 128 --lr_img 1e4 --lr_lr 0.05 --clip_grad 0.003 --decay 0.1"
   ours+=" --inner_momentum 0.9 --log_lr --lr_init auto"
-  ssl=${SSL:-$default_ssl} fraction=${FRACTION:-$default_fraction}
+  ssl=${SSL:-$default_ssl} fraction=$(LC_ALL=C printf %g "${FRACTION:-$default_fraction}") # .050 is 0.05
   base=$OUT/$(basename "${folder:-$1}") # the teacher's folder; it serves all sizes of sets
   case $1 in
     digits) # chosen on held-out training images (evaluate.py --split val); small tensors are fastest on one thread
@@ -92,7 +91,7 @@ options() {
       if [ -n "$table" ]; then base+=_plain; else teacher+=" --target_dim 64" sets+=" krr_st_random"; fi ;;
     image*) dataset=$1:$folder; [ $1 = imagefolder ] || sets=${sets/subset_sas /} ;; # SAS counts the classes
     tinyimagenet) teacher="--bt_lambda 0.0009765625" paper="--syn_steps 10 --lr_img 1e5" krr_st="--lr_img 1e-5" ;;
-    cifar*) case $fraction in 0.0[5-9]* | 0.[1-9]*) # the paper's options for 5 %
+    cifar*) case $fraction in 0.0[5-9]* | 0.[1-9]* | 1) # the paper's options for 5 %
       experts="--epochs 6" match="--max_start_epoch 5" paper="--lr_img 1e4" ;; esac ;;
   esac
   case $1-$ssl in digits-simclr | [!d]*-barlow_twins) ;; *) base+=_$ssl ;; esac
@@ -105,8 +104,7 @@ options() {
   fi
   sets=${SETS:-$sets} sets=${sets//:SSL/:$ssl} student+=" ${STUDENT:-}" teacher="--ssl $ssl $teacher ${TEACHER:-}"
   data=(--dataset "$dataset" --data_dir "${DATA_DIR:-data}" $threads ${IMAGE_SIZE:+--image_size $IMAGE_SIZE})
-  judges=("$dataset") # the data sets of the probe
-  case $1$rehearse in cifar10 | cifar100 | tinyimagenet) judges=($three aircraft cub2011 dogs flowers) ;; esac
+  judges=("$dataset"); case $1$rehearse in cifar10 | cifar100 | tinyimagenet) judges=($three aircraft cub2011 dogs flowers) ;; esac
   [ ${#judged[@]} = 0 ] || judges=("${judged[@]}")
   evaluate+=" --sets $sets --seeds ${SEEDS:-$seeds}"
 }
@@ -129,9 +127,10 @@ run() { # a stage; the paper matches one expert an iteration, so distill.py has 
   return $status
 }
 
-bring_targets() { # from $base into the folder $1
-  [ -n "${DRY_RUN:-}" ] || [ "$1" = "$base" ] || { mkdir -p "$1" && cmp -s "$base/targets.pt" "$1/targets.pt"; } ||
-    cp "$base/targets.pt" "$1" || { failed=2; return 2; }
+bring_targets() { # from $base into the folder $1, unless it has others
+  [ -n "${DRY_RUN:-}" ] || [ "$1" = "$base" ] || cmp -s "$base/targets.pt" "$1/targets.pt" ||
+    { [ ! -e "$1/targets.pt" ] && mkdir -p "$1" && cp "$base/targets.pt" "$1/.tmp" && mv "$1/.tmp" "$1/targets.pt"; } ||
+    refuse "$1/targets.pt: is not that of $base; move it away, or choose another OUT"
 }
 
 make_set() { # $1: its row, of which the first words choose the options; $2: its seed
@@ -139,11 +138,11 @@ make_set() { # $1: its row, of which the first words choose the options; $2: its
   [[ $row =~ $known && $row =~ _$init ]] || return 0 # none, full, one's own
   local init=${BASH_REMATCH[1]}
   [ "$row" != subset_high_loss ] || seed=0 # that depends on none
-  [[ ! $row =~ _([0-9]+)$ ]] || iters=${BASH_REMATCH[1]}
-  [ -z "$rehearse" ] || iters=3
-  case $row in subset_*) iters=0 ;; mkdt_raised_*) words=$raised ;; best_*) words=$ours ;; esac
+  [[ ! $row =~ _([0-9]+)$ ]] || iters=${BASH_REMATCH[1]}; [ -z "$rehearse" ] || iters=3
+  case $row in mkdt_raised_*) words=$raised ;; best_*) words=$ours ;; subset_*) iters="0 --lr_init 0.1" ;; esac
+  [[ $row != *_auto ]] || iters="0 --lr_init auto"
   words+=" $match ${DISTILL:-}"
-  case $row in *_auto) words+=" --lr_init auto" ;; krr_st_*) words="--method krr_st $krr_st ${KRR_ST:-}" ;; esac
+  [[ $row != krr_st_* ]] || words="--method krr_st $krr_st ${KRR_ST:-}"
   [ $seed = 0 ] || row+=_seed$seed
   # One that fails is "not run" in the table; but no table is made of a set that was made with other options.
   run distill.py "${data[@]}" --out_dir "$out" $student --fraction "$fraction" --init "$init" --seed $seed \
@@ -196,5 +195,5 @@ for preset in ${preset:-$presets}; do
   done
   judge
 done
-[ -z "$tables" ] || { printf %s "$tables" > "$result" && echo "wrote $result"; }
+[ -z "$tables" ] || { printf %s "$tables" > "$result" && echo "wrote $result"; } || failed=2
 exit $failed

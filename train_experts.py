@@ -12,7 +12,6 @@ Writes: OUT/experts/0000.pt ...   one file an expert,
 
     python train_experts.py                                          # K = 100, the paper's CIFAR-10 setting
     python train_experts.py --first_expert 50 --num_experts 50       # the second half, on another machine
-    torchrun --nproc_per_node 4 train_experts.py                     # on four GPUs, each its experts
 
 The paper trains for 20 epochs. Distillation reads the weights of epochs 0 to T+ - 1 + M only, and the lr is
 constant, so the default is to stop there, at 3 of 20: the same trajectories for a seventh of the work.

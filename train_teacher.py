@@ -16,7 +16,6 @@ The targets are the features f_T(x) before the projector, in eval mode, of image
     python train_teacher.py                                      # CIFAR-10, the paper's setting
     python train_teacher.py --encoder torchvision:resnet50       # of a network trained on ImageNet
     python train_teacher.py --target_dim 256     # 256 principal components instead (not the paper)
-    torchrun --nproc_per_node 4 train_teacher.py                 # on four GPUs, each a quarter of a batch
 """
 
 import math

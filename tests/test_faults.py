@@ -165,7 +165,7 @@ KINDS = {  # file: (stage that reads it, its options, files that are not there, 
         "train_teacher", TEACHER, ["teacher.pt", "targets.pt"], ("net", "0.conv1.weight")),
     "experts/0001.checkpoint": ("train_experts", EXPERT, ["experts/0001.pt"], ("net", "head.bias")),
     "sets/mkdt_random.checkpoint": ("distill", MKDT, ["sets/mkdt_random.pt"], ("syn", "images")),
-    "evaluate_mkdt_random_kd_0_None.checkpoint": (
+    "evaluate_convnet_mkdt_random_kd_0_None.checkpoint": (
         "evaluate", SETS, ["results.jsonl", "results.md"], ("net", "head.bias")),
 }
 CHECKPOINTS = {kind[0]: file for file, kind in KINDS.items() if file.endswith(".checkpoint")}

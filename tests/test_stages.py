@@ -556,6 +556,21 @@ def without_dropout(net):
             setattr(module, "p" if isinstance(module, nn.Dropout) else "dropout", 0.0)
 
 
+def test_the_set_to_take_away():
+    """Is small, knows no images, and a network trains on it by the README's lines."""
+    path, keys = ROOT / "results/lite0/32px/best_random.pt", {"images": 4, "targets": 2, "mean": 1, "lr": 0}
+    found = torch.load(path, weights_only=True)
+    assert path.stat().st_size < 7e6 and not {"images_id", "indices"} & set(found)
+    assert found["images"].shape == (1000, 3, 32, 32) and found["images"].dtype == torch.float16
+    assert common.load(path, keys, "")["targets"].dtype == torch.float32
+    lines, names = re.search(r"```python\n(import.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1], {}
+    for word, other in ((".split(250)", ".split(50)[:1]"), ("results/", f"{ROOT}/results/")):
+        assert word in lines
+        lines = lines.replace(word, other)
+    exec(lines, names)
+    assert any((p.grad != 0).any() for p in names["net"].parameters())
+
+
 CHANGES = {  # of the README's ViT and of the paper's student
     "vit": lambda net: None,
     "attention": without_dropout,
@@ -1000,8 +1015,7 @@ def test_what_a_row_needs(copy, tmp_path, capsys):
     there, found = log(copy / "results.jsonl"), log(out / "results.jsonl")
     assert found[0] in there and [record["set"] for record in found] == ["none", "none", "half", "half"]
     data, ids = digits(), {}
-    args = evaluate.parse_args(["--dataset", "digits", "--width", "8"])
-    loaded = evaluate.load_set(out / "sets/half.pt", data, ids, args)
+    loaded = evaluate.load_set(out / "sets/half.pt", data, ids, {})
     assert torch.equal(loaded[0], half["images"].float()) and loaded[1].dtype == torch.float32 and ids == {}
 
 
@@ -1057,7 +1071,7 @@ def test_a_set_that_starts_from_another(copy, tmp_path, start):
     found = read(copy / "sets/own_on.pt")
     torch.testing.assert_close(found["images"], first["images"], atol=5e-3, rtol=0)
     assert (found["indices"] == -1).all()
-    torch.save({**own, "images": own["images"] + 1}, tmp_path / "own.pt")
+    torch.save({**own, "lr": 5.0}, tmp_path / "own.pt")
     refuses(lambda: start(tmp_path / "own", "--iters 0"), "own_on.pt", "other init")
 
 
@@ -1067,7 +1081,8 @@ def test_a_start_that_does_not_fit(copy, tmp_path, start):
         ({"images": first["images"][:, :, :4]}, "(15, 1, 4, 8)"), ({"mean": torch.zeros(3)}, "mean (3,)"),
         ({"targets": first["targets"][:3]}, "(3, 32)"), ({"targets": first["targets"][:, :3]}, "(15, 3)"),
         ({"std": torch.zeros(1, 1)}, "'std'"), ({"targets_id": "x"}, "other targets"), ({"lr": -1}, "'lr'"),
-        ({"indices": torch.zeros(3)}, "indices (3,)"), ({"indices": "x"}, "indices ()")]:
+        ({"indices": torch.zeros(3)}, "indices (3,)"), ({"indices": "x"}, "indices ()"),
+        ({"indices": torch.zeros(15)}, "int64")]:
         torch.save({**first, **{k: v.clone() if torch.is_tensor(v) else v for k, v in parts.items()}},
                    copy / "sets/x.pt")
         refuses(lambda: start("x"), "x.pt", *words, what=words)
