@@ -326,6 +326,18 @@ def stub(tmp_path):
     return write
 
 
+def test_targets_of_another_folder_stay(stub, tmp_path):
+    """Sets of another size have the teacher's targets in a folder of their own, where none are overwritten."""
+    base, own = tmp_path / "digits/targets.pt", tmp_path / "digits_0.1/targets.pt"
+    base.parent.mkdir()
+    base.write_text("the teacher's")
+    words = dict(OUT=str(tmp_path), FRACTION=".10", SETS="none", PYTHON=stub("exit 0"))
+    for _ in range(2):
+        assert run_all("digits", **words).returncode == 0 and own.read_text() == "the teacher's"
+    own.write_text("one's own")
+    assert is_refused(run_all("digits", **words)) and own.read_text() == "one's own"
+
+
 @pytest.mark.parametrize("stage, status, calls", [
     ("train_teacher.py", 2, 1), ("train_experts.py", 2, 2), ("distill.py", 2, 5), ("evaluate.py", 2, 5),
     ("train_experts.py", 143, 2), ("distill.py", 130, 3), ("evaluate.py", 143, 5)])
