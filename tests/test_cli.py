@@ -327,7 +327,7 @@ def stub(tmp_path):
 
 
 def test_targets_of_another_folder_stay(stub, tmp_path):
-    """Sets of another size have the teacher's targets in a folder of their own, where none are overwritten."""
+    """Sets of another size have the targets in a folder of their own, where none are overwritten."""
     base, own = tmp_path / "digits/targets.pt", tmp_path / "digits_0.1/targets.pt"
     base.parent.mkdir()
     base.write_text("the teacher's")
