@@ -588,16 +588,16 @@ AUGMENT_HELP = "views of students: mirrored (digits never), and cropped from the
 
 def augment(x, kind, flip, draws):
     """A random view of each image of x (B, C, H, W); kind: one of AUGMENT; flip: may it be mirrored?"""
-    if kind != "none" and flip:
-        x = torch.where(torch.rand(len(x), 1, 1, 1, generator=draws, device=x.device) < 0.5, x.flip(3), x)
-    if kind != "flip_crop":
+    if kind == "none":
         return x
-    size, padding = x.shape[-1], x.shape[-1] // 8  # 4 at 32 px
+    size, padding = x.shape[-1], x.shape[-1] // 8 if kind == "flip_crop" else 0  # 4 at 32 px
+    half = torch.rand(len(x), 1, generator=draws, device=x.device) < (0.5 if flip else 0)
     at = torch.randint(2 * padding + 1, (len(x), 2, 1), generator=draws, device=x.device)
     i, j = (at + torch.arange(size, device=x.device)).unbind(1)  # (B, size) each: the rows, the columns
-    where = (i.unsqueeze(2) * (size + 2 * padding) + j.unsqueeze(1)).view(len(x), 1, -1)
+    width = size + 2 * padding
+    where = i.unsqueeze(2) * width + torch.where(half, width - 1 - j, j).unsqueeze(1)
     flat = F.pad(x, [padding] * 4).flatten(2)
-    return flat.gather(2, where.expand(-1, x.shape[1], -1)).view_as(x)
+    return flat.gather(2, where.view(len(x), 1, -1).expand(-1, x.shape[1], -1)).view_as(x)
 
 
 def random_crop(x, draw, min_crop, flip):
