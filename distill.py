@@ -22,7 +22,6 @@ Writes: OUT/sets/NAME.pt    {images (S, C, H, W) float32, normalised by mean (C,
     python distill.py --seed 1                    # a second set of the method: mkdt_high_loss_seed1
 """
 
-import functools
 import itertools
 import math
 import re
@@ -233,7 +232,7 @@ def make_step_loss(args, net, data, *key):
 
 def make_view(args, data, *key):
     """The view of student_steps (--augment), by (key, n); made outside of what is compiled."""
-    draws = functools.partial(common.generator, args.device, args.seed, "augment", *key)
+    draws = lambda n: common.generator(args.device, args.seed, "augment", *key, n)  # noqa: E731
     return lambda x, n: common.augment(x, args.augment, data.flip, draws(n)) if args.augment != "none" else x
 
 
@@ -374,9 +373,12 @@ def find_experts(args):
     first = common.load(paths[0], {}, "train_experts.py", mmap=True)
     made = first.get("options", {}).get("train_experts", {})
     objective = made.get("objective", "kd")
-    if objective not in common.LOSSES and (objective not in common.SSL or args.init != "random"):
-        raise Problem(f"--init {args.init}: the experts in {folder} are {objective!r}; choose random (SSL"
-                      " has no loss of single images), or make experts that are known")
+    inits = INITS if objective in common.LOSSES else ["random"]  # SSL has no loss of single images
+    if objective == "supervised":  # without a teacher, whose targets KRR-ST and SAS want
+        inits = ["random"] if args.method == "krr_st" else ["high_loss", "random"]
+    if objective not in (*common.LOSSES, *common.SSL) or args.init in INITS and args.init not in inits:
+        raise Problem(f"--init {args.init}: the experts in {folder} are {objective!r}; choose "
+                      f"{' or '.join(inits)}, or make experts that are known")
     return paths[: args.max_experts], made
 
 

@@ -20,7 +20,6 @@ The set "none" is the student's random initialisation, "full" the real images wi
 whose names differ by _seedN only are one row. What cannot be measured is said in a line, and exit status 2.
 """
 
-import collections
 import copy
 import csv
 import itertools
@@ -273,8 +272,7 @@ def load_set(path, data, ids, row):
     advice = "sets of a row or table go together: move it to a folder of its own, or make it again"
     common.check_same(path, contents, "distill", {**ids, **row}, advice)
     ids |= {name: contents[name] for name in ("images_id", "targets_id") if name in contents}
-    made = contents.get("options", {}).get("distill", {})
-    row |= {name: value for name, value in made.items() if name != "seed"}
+    row |= {k: v for k, v in contents.get("options", {}).get("distill", {}).items() if k != "seed"}
     return images, targets, contents["lr"]
 
 
@@ -578,10 +576,10 @@ def main(args):
     ids = {name: made[name] for name in ("images_id", "targets_id") if full or name == "images_id"}
 
     no_file = {"none": (None, None, None), "full": (data.images, all_targets, args.lr)}
-    sets, said, options_of = {}, set(), collections.defaultdict(dict)  # of the sets of a row
+    sets, said, options_of = {}, set(), {}  # of the sets of a row
     of_all = said if common.rank() == 0 else None  # the first process says what all find
     for name in dict.fromkeys(sum(rows.values(), [])):
-        path, of_row = folder / f"{name}.pt", options_of[re.sub(r"_seed\d+$", "", name)]
+        path, of_row = folder / f"{name}.pt", options_of.setdefault(re.sub(r"_seed\d+$", "", name), {})
         loaded = no_file.get(name) or attempt(load_set, path, data, ids, of_row, said=of_all)
         if path.exists() or loaded:  # or the row is not run
             sets[name] = loaded

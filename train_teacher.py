@@ -312,9 +312,9 @@ def main(args):
     source = args.dataset, "train", args.data_dir, args.image_size, args.limit
     data = common.load_images(*source, args.device)
     key, folder = common.parse_dataset(args.dataset, args.data_dir)
-    test = key != "imagefolder" or any((folder / part).is_dir() for part in ("test", "val"))
-    test = test and data.labels is not None and data.labels.max() > 0  # there are two classes to tell apart
-    test = test and common.load_images(args.dataset, "test", *source[2:])  # faults show now
+    judged = data.labels is not None and data.labels.max() > 0  # there are two classes to tell apart
+    judged = judged and (key != "imagefolder" or any((folder / part).is_dir() for part in ("test", "val")))
+    test = common.load_images(args.dataset, "test", *source[2:]) if judged else None  # faults show now
     if args.epochs and args.batch_size > len(data.images):
         raise Problem(f"--batch_size {args.batch_size}: there are {len(data.images)} images; choose less")
     made = {"options": {"train_teacher": options}, "images_id": common.fingerprint(data.images)}

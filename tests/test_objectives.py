@@ -295,7 +295,7 @@ def test_experts_of_another_objective(copy):
 
 
 def test_options_that_do_not_go_with_an_objective(copy, tmp_path):
-    new, simclr = tmp_path / "new", copy("simclr")
+    new, simclr, supervised = tmp_path / "new", copy("simclr"), copy("supervised")
     for options in ("simclr --momentum 0.9", "supervised --out_dim 7", "kd --out_dim 7"):
         objective, option, _ = options.split()
         refused("train_experts", new, f"--objective {options}", option, objective)
@@ -304,6 +304,8 @@ def test_options_that_do_not_go_with_an_objective(copy, tmp_path):
     assert not new.exists()
     for init in ("high_loss", "sas"):
         refused("distill", simclr, f"--init {init}", f"--init {init}", "simclr", "random")
+    refused("distill", supervised, "--init sas", "--init sas", "supervised", "high_loss")
+    refused("distill", supervised, "--init high_loss --method krr_st", "--init high_loss", "supervised")
     refused("distill", simclr, "--name x --batch_syn 1", "--batch_syn 1", "simclr")
     refused("distill", simclr, "--name x --fraction 0.007", "--fraction", "1 of 150")
     refused("distill", simclr, "--name x --max_experts 4", "--max_experts 4", "has 3")

@@ -22,12 +22,13 @@ MKDT = [*DISTILL, "--init", "random", "--iters", "30"]
 KRR_ST = [*DATA, *STUDENT, *"--method krr_st --fraction 0.1 --pool_size 2 --pool_steps 9".split()]
 RUNS = {  # stage and options, long enough to be killed within; what is not there, for it is to be made
     "teacher": ("train_teacher", [*TEACHER, "--epochs", "12"], "te*.pt ta*.pt train_teacher*"),
-    "experts": ("train_experts", [*EXPERTS, "--epochs", "12"], "experts train_experts*"),
+    "experts": ("train_experts", [*EXPERTS, "--epochs", "12", "--augment", "flip_crop"],
+                "experts train_experts*"),
     "experts_ssl": ("train_experts", [*EXPERTS, "--objective", "simclr"], "experts train_experts*"),
     "mkdt": ("distill", [*MKDT, *"--name x --lr_targets 1 --log_lr".split()], ""),
-    "mkdt_auto": ("distill", [*MKDT, *"--name x --lr_init auto --decay 0.1".split()], ""),
+    "mkdt_auto": ("distill", [*MKDT, *"--name x --lr_init auto --decay 0.1 --augment flip_crop".split()], ""),
     "krr_st": ("distill", [*KRR_ST, *"--batch_real 50 --iters 60 --lr_img 0.02".split()], ""),
-    "evaluate": ("evaluate", [*EVALUATE, "--epochs", "30"], "results* evaluate*"),
+    "evaluate": ("evaluate", [*EVALUATE, *"--epochs 30 --augment flip_crop".split()], "results* evaluate*"),
 }
 
 
