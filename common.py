@@ -540,7 +540,7 @@ def simclr_loss(z1, z2, temperature):
 
 
 def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0,
-                solarize=0.0, part_of=None):
+                solarize=0.0, part_of=None, size=None):
     """One random view of each image, every image by its own draw, computed as a batch on the images' device.
 
     Random resized crop, mirror, colour jitter (with probability 0.8) and greyscale (0.2), then blur and
@@ -554,8 +554,9 @@ def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0
         jitter: strength of brightness, contrast, saturation, and hue (in turns).
         blur, solarize: probabilities.
         part_of: (B', first): the images are those from `first` on of a batch of B', and get its draws.
+        size: pixels of a view (default: the images').
 
-    Returns (B, C, H, W) in [0, 1], float32 or of the images' own precision, differentiable in images.
+    Returns (B, C, size, size) in [0, 1], float32 or of the images' own precision, differentiable in images.
     """
     b = len(images)
     total, first = part_of or (b, 0)
@@ -565,7 +566,7 @@ def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0
         share = torch.rand(total, generator=generator, device=x.device)[first : first + b].to(x.dtype)
         return share * (high - low) + low
 
-    x = random_crop(x, draw, min_crop, flip)
+    x = random_crop(x, draw, min_crop, flip, size or x.shape[-1])
     x = random_colours(x, draw, jitter)
     if blur > 0:  # a Gaussian of its own width an image, as one grouped convolution a direction
         channels, radius = x.shape[1], max(1, x.shape[-1] // 20)
@@ -600,8 +601,8 @@ def augment(x, kind, flip, draws):
     return flat.gather(2, where.view(len(x), 1, -1).expand(-1, x.shape[1], -1)).view_as(x)
 
 
-def random_crop(x, draw, min_crop, flip):
-    """Random resized crop and mirror of x (B, C, H, W), by an affine grid; draw(low, high) gives (B,).
+def random_crop(x, draw, min_crop, flip, size):
+    """Random resized crop and mirror of x (B, C, H, W) to size, by an affine grid; draw(low, high): (B,).
 
     Where torchvision draws again, sides above 1 are cut to 1.
     """
@@ -611,7 +612,7 @@ def random_crop(x, draw, min_crop, flip):
     affine[:, 0, 0] = w * (1 - 2 * (draw() < 0.5).to(x.dtype)) if flip else w
     affine[:, 1, 1] = h
     affine[:, 0, 2], affine[:, 1, 2] = draw(-1, 1) * (1 - w), draw(-1, 1) * (1 - h)
-    grid = F.affine_grid(affine, list(x.shape), align_corners=False)
+    grid = F.affine_grid(affine, [*x.shape[:2], size, size], align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 

@@ -49,6 +49,7 @@ def parse_args(argv=None):
     ssl.add_argument("--weight_decay", type=number, default=1e-6, help="of Adam")
     ssl.add_argument("--bt_lambda", type=number, default=8 / 1024, help="lambda (tinyimagenet: 1/1024)")
     ssl.add_argument("--projection_dim", type=positive, default=1024, help="d, the projector's output")
+    ssl.add_argument("--view_size", type=positive, help="pixels of a view (default: the image's); less is faster")
     ssl.add_argument("--min_crop", type=number, default=0.08, help="smallest random crop, share of the area")
     net = parser.add_argument_group("teacher f_T and its targets")
     net.add_argument("--width", type=positive, default=64, help="of ResNet-18's first stage; D = 8 width")
@@ -212,7 +213,7 @@ def train(encoder, data, args, now, log, path):
     """
     n, px, size = len(data.images), data.images.shape[-1], args.batch_size
     first = common.rank() * size // common.world_size()  # of this process's rows
-    view = {"min_crop": args.min_crop, "flip": data.flip, "part_of": (size, first)}
+    view = dict(min_crop=args.min_crop, flip=data.flip, part_of=(size, first), size=args.view_size)
     if px >= 64:  # as in Barlow Twins' recipe for large images
         view |= {"blur": 0.5, "solarize": 0.1}
     projector = make_projector(args.ssl, 8 * args.width, args.projection_dim)
