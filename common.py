@@ -583,14 +583,19 @@ def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0
     return x
 
 
-AUGMENT = ["none", "flip", "flip_crop"]
-AUGMENT_HELP = "views of students: mirrored (digits never), and cropped from the image padded by an eighth"
+AUGMENT = ["none", "flip", "flip_crop", "flip_crop_mix"]
+AUGMENT_HELP = ("views of students: mirrored (digits never), cropped from the image padded by an eighth, "
+                "mixed with another, as are the targets")
 
 
-def augment(x, kind, flip, draws):
-    """A random view of each image of x (B, C, H, W); kind: one of AUGMENT; flip: may it be mirrored?"""
+def augment(x, z, kind, flip, draws):
+    """(x, z): a random view of each image of x (B, C, H, W), and its target of z (B, D).
+
+    kind: one of AUGMENT; flip: mirror half of them. Each is mixed with the one before it in the batch, by a
+    share from Beta(1/2, 1/2) (mixup: Zhang et al., ICLR 2018).
+    """
     if kind == "none":
-        return x
+        return x, z
     size, padding = x.shape[-1], x.shape[-1] // 8 if kind == "flip_crop" else 0  # 4 at 32 px
     half = torch.rand(len(x), 1, generator=draws, device=x.device) < (0.5 if flip else 0)
     at = torch.randint(2 * padding + 1, (len(x), 2, 1), generator=draws, device=x.device)
@@ -598,7 +603,13 @@ def augment(x, kind, flip, draws):
     width = size + 2 * padding
     where = i.unsqueeze(2) * width + torch.where(half, width - 1 - j, j).unsqueeze(1)
     flat = F.pad(x, [padding] * 4).flatten(2)
-    return flat.gather(2, where.view(len(x), 1, -1).expand(-1, x.shape[1], -1)).view_as(x)
+    x = flat.gather(2, where.view(len(x), 1, -1).expand(-1, x.shape[1], -1)).view_as(x)
+    if kind == "flip_crop_mix":
+        angle = math.pi / 2 * torch.rand(len(x), 1, generator=draws, device=x.device, dtype=x.dtype)
+        share = angle.sin().square()  # of Beta(1/2, 1/2)
+        x = torch.lerp(x.roll(1, 0), x, share.view(-1, 1, 1, 1))
+        z = torch.lerp(z.roll(1, 0), z, share)
+    return x, z
 
 
 def random_crop(x, draw, min_crop, flip, size):
@@ -689,7 +700,8 @@ def student_loss(objective, f, x, z, data, draws=None, kind="none"):
         views = [random_view(x, draws, flip=data.flip) for _ in range(2)]
         return SSL[objective](*(f(normalise(view, data)) for view in views))
     x = normalise(x, data) if x.dtype == torch.uint8 else x
-    return LOSSES[objective](f(augment(x, kind, data and data.flip, draws)), z)
+    x, z = augment(x, z, kind, data and data.flip, draws)
+    return LOSSES[objective](f(x), z)
 
 
 # ---- Linear probe -----------------------------------------------------------------------------------------

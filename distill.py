@@ -156,7 +156,7 @@ class _StudentSteps(torch.autograd.Function):
         images, targets, thetas, velocity = images.detach(), targets.detach(), [], torch.zeros_like(theta)
         for n, batch in enumerate(batches):
             thetas.append(theta.detach())
-            velocity = momentum * velocity + gradient(thetas[n], view(images[batch], n), targets[batch], n)
+            velocity = momentum * velocity + gradient(thetas[n], *view(images[batch], targets[batch], n), n)
             theta = theta - lr * velocity
         ctx.save_for_backward(images, targets, lr, *thetas)
         ctx.reverse, ctx.batches, ctx.momentum, ctx.view = reverse, batches, momentum, view
@@ -172,17 +172,17 @@ class _StudentSteps(torch.autograd.Function):
             batch = ctx.batches[n]
             r = lam + ctx.momentum * r  # dL/dg_n = - lr r: g_n goes into every later velocity
             with torch.enable_grad():
-                seen = ctx.view(x := images[batch].requires_grad_(), n)
-            s, ds_dtheta, ds_dseen, ds_dz = ctx.reverse(thetas[n], seen.detach(), targets[batch], n, r)
-            d_images.index_add_(0, batch, -lr * torch.autograd.grad(seen, x, ds_dseen)[0])
-            d_targets.index_add_(0, batch, -lr * ds_dz)
+                seen = ctx.view(x := images[batch].requires_grad_(), z := targets[batch].requires_grad_(), n)
+            s, ds_dtheta, *ds_dseen = ctx.reverse(thetas[n], *(part.detach() for part in seen), n, r)
+            for total, part in zip((d_images, d_targets), torch.autograd.grad(seen, (x, z), ds_dseen)):
+                total.index_add_(0, batch, -lr * part)
             d_lr -= s
             lam = lam - lr * ds_dtheta
         return lam, d_images, d_targets, d_lr, None, None, None, None, None
 
 
 def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0, functions=None,
-                  view=lambda x, n: x):
+                  view=lambda x, z, n: (x, z)):
     """Train a student on the synthetic set (eq. 8): theta_{n+1} = theta_n - lr v_{n+1}.
 
     v_{n+1} = momentum v_n + g_n with v_0 = 0, and g_n is the gradient in theta_n of
@@ -202,7 +202,7 @@ def student_steps(loss_fn, theta, images, targets, lr, batches, momentum=0.0, fu
         theta: (P,); images: (S, C, H, W); targets: (S, D); lr: a scalar.
         batches: N index tensors into images and targets.
         functions: step_functions of the loss_fn, if they are compiled.
-        view: (images (B, C, H, W), n) -> (B, C, H, W), what step n sees of them; it must follow from n, too.
+        view: (images (B, C, H, W), targets (B, D), n) -> what step n sees of them; it follows from n, too.
 
     Returns theta_N (P,).
     """
@@ -233,7 +233,7 @@ def make_step_loss(args, net, data, *key):
 def make_view(args, data, *key):
     """The view of student_steps (--augment), by (key, n); made outside of what is compiled."""
     draws = lambda n: common.generator(args.device, args.seed, "augment", *key, n)  # noqa: E731
-    return lambda x, n: common.augment(x, args.augment, data.flip, draws(n)) if args.augment != "none" else x
+    return lambda x, z, n: common.augment(x, z, args.augment, data.flip, draws(n))
 
 
 def compiled_functions(args, net, data):

@@ -226,7 +226,7 @@ def finetune(net, train, test, fractions, args, seed, name):
             x = common.fetch(train.images, labelled[batch], args.device)
             if recipe["augment"]:
                 draws = common.generator(args.device, seed, "crop", step)
-                x = common.augment(x, "flip_crop", train.flip, draws)
+                x, _ = common.augment(x, None, "flip_crop", train.flip, draws)
             y = common.fetch(train.labels, labelled[batch], args.device)
             loss = F.cross_entropy(head(f(common.normalise(x, train))), y)
             optimizer.zero_grad()

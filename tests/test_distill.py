@@ -51,7 +51,7 @@ def assert_exact(loss_fn, theta, images, targets, momentum, lr=0.3, batches=BATC
                  unused=(), view=None):
     """student_steps gives what plain_steps gives, and its gradient in theta, images, targets and lr."""
     goal, results, views = theta + 0.1 * torch.randn_like(theta), [], {"view": view} if view else {}
-    seen = (lambda theta, x, z, n: loss_fn(theta, view(x, n), z, n)) if view else loss_fn
+    seen = (lambda theta, x, z, n: loss_fn(theta, *view(x, z, n), n)) if view else loss_fn
     for steps in (lambda _, *words: plain_steps(seen, *words),
                   functools.partial(distill.student_steps, functions=functions, **views)):
         leaves = [torch.as_tensor(t, dtype=theta.dtype).clone() for t in (theta, images, targets, lr)]
@@ -90,13 +90,14 @@ def test_steps_of_every_objective_are_exact(objective, momentum):
 @momenta
 @pytest.mark.parametrize("kind", common.AUGMENT)
 def test_steps_on_views_are_exact(kind, momentum):
-    """Mirrored and cropped by the step's seed: the way back sees what the way there saw."""
+    """Mirrored, cropped and mixed by the step's seed: the way back sees what the way there saw."""
     args = distill.parse_args(["--augment", kind, "--device", "cpu"])
-    _, _, images, _ = case = problem()
+    _, _, images, targets = case = problem()
     view = distill.make_view(args, common.ImageSet(None, None, None, None), 5)
-    once, again, other = view(images, 1), view(images, 1), view(images, 0)
+    (once, mixed), (again, _), (other, _) = (view(images, targets, n) for n in (1, 1, 0))
     assert torch.equal(once, again)
     assert torch.equal(once, images) == torch.equal(once, other) == (kind == "none")
+    assert torch.equal(mixed, targets) == (kind != "flip_crop_mix")
     assert_exact(*case, momentum, view=view)
 
 

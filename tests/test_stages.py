@@ -814,7 +814,7 @@ def test_random_crop():
     for flip in (False, True):
         windows += [window.flip(2) for window in windows] if flip else []
         x, draws = image.expand(500, -1, -1, -1), common.generator("cpu", 0)
-        crops = common.augment(x, "flip_crop", flip, draws)
+        crops, _ = common.augment(x, None, "flip_crop", flip, draws)
         counts = [sum(torch.equal(crop, window) for crop in crops) for window in windows]
         assert sum(counts) == 500 and min(counts) > 0
 
