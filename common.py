@@ -539,12 +539,11 @@ def simclr_loss(z1, z2, temperature):
     return F.cross_entropy(similarity, other)
 
 
-def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0,
-                solarize=0.0, part_of=None, size=None):
+def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0.4, 0.1), part_of=None,
+                size=None):
     """One random view of each image, every image by its own draw, computed as a batch on the images' device.
 
-    Random resized crop, mirror, colour jitter (with probability 0.8) and greyscale (0.2), then blur and
-    solarize.
+    Random resized crop, mirror, colour jitter (with probability 0.8) and greyscale (0.2).
 
     Args:
         images: (B, C, H, W) uint8, or float in [0, 1]; with C = 1 only brightness and contrast are jittered.
@@ -552,7 +551,6 @@ def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0
         min_crop: smallest crop, as a share of the image's area.
         flip: mirror half of the images.
         jitter: strength of brightness, contrast, saturation, and hue (in turns).
-        blur, solarize: probabilities.
         part_of: (B', first): the images are those from `first` on of a batch of B', and get its draws.
         size: pixels of a view (default: the images').
 
@@ -567,20 +565,7 @@ def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0
         return share * (high - low) + low
 
     x = random_crop(x, draw, min_crop, flip, size or x.shape[-1])
-    x = random_colours(x, draw, jitter)
-    if blur > 0:  # a Gaussian of its own width an image, as one grouped convolution a direction
-        channels, radius = x.shape[1], max(1, x.shape[-1] // 20)
-        at = torch.arange(-radius, radius + 1, device=x.device)
-        kernel = (-at.square() / (2 * draw(0.1, 2).square().view(-1, 1))).exp()
-        kernel = kernel / kernel.sum(1, keepdim=True)
-        kernel = torch.where((draw() < blur).view(-1, 1), kernel, (at == 0).to(x.dtype))
-        kernel = kernel.repeat_interleave(channels, 0).view(b * channels, 1, 1, -1)
-        flat = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1).unsqueeze(0)
-        flat = F.conv2d(flat, kernel, groups=b * channels)
-        x = F.conv2d(flat, kernel.transpose(2, 3), groups=b * channels).view_as(x)
-    if solarize > 0:
-        x = torch.where((draw() < solarize).view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
-    return x
+    return random_colours(x, draw, jitter)
 
 
 AUGMENT = ["none", "flip", "flip_crop", "flip_crop_mix"]

@@ -90,7 +90,7 @@ options() {
       raised+=" --iters 150 --batch_syn 32" ours+=" --iters 150 --batch_syn 32" krr_st="--iters 1000 --lr_img 0.01 --batch_real 256"
       if [ -n "$table" ]; then base+=_plain; else teacher+=" --target_dim 64" sets+=" krr_st_random"; fi ;;
     image*) dataset=$1:$folder; [ $1 = imagefolder ] || sets=${sets/subset_sas /} ;; # SAS counts the classes
-    tinyimagenet) teacher="--bt_lambda 0.0009765625" paper="--syn_steps 10 --lr_img 1e5" krr_st="--lr_img 1e-5" ;;
+    tinyimagenet) teacher="--bt_lambda 0.0009765625 --min_crop 0.2" paper="--syn_steps 10 --lr_img 1e5" krr_st="--lr_img 1e-5" ;;
     cifar*) case $fraction in 0.0[5-9]* | 0.[1-9]* | 1) # the paper's options for 5 %
       experts="--epochs 6" match="--max_start_epoch 5" paper="--lr_img 1e4" ;; esac ;;
   esac

@@ -211,11 +211,9 @@ def train(encoder, data, args, now, log, path):
 
     Several processes each take a part of every batch, and the step that one would take with the whole.
     """
-    n, px, size = len(data.images), data.images.shape[-1], args.batch_size
+    n, size = len(data.images), args.batch_size
     first = common.rank() * size // common.world_size()  # of this process's rows
     view = dict(min_crop=args.min_crop, flip=data.flip, part_of=(size, first), size=args.view_size)
-    if px >= 64:  # as in Barlow Twins' recipe for large images
-        view |= {"blur": 0.5, "solarize": 0.1}
     projector = make_projector(args.ssl, 8 * args.width, args.projection_dim)
     net = nn.Sequential(encoder, projector).to(args.device).train()
     forward = common.in_precision(net, args.precision)

@@ -124,7 +124,8 @@ def options(**more):
         augment="flip_crop", bt_lambda=0.1, syn_steps=2, batch_syn=4, expert_epochs=1, max_start_epoch=1,
         inner_momentum=0.0, iters=2, finetune_steps=1, protocol="finetune_krr_st", name="x", lr_img=1.0,
         lr_lr=0.1, lr_targets=0.1, clip_grad=0.1, decay=1.0, pool_size=2, pool_steps=2, batch_real=8,
-        ridge=0.1, checkpoint_minutes=5.0, warmup_epochs=0, projection_dim=8, min_crop=0.1), **more})
+        ridge=0.1, checkpoint_minutes=5.0, warmup_epochs=0, projection_dim=8, min_crop=0.1,
+        view_size=None), **more})
 
 
 def images(count=24, px=16):
@@ -215,7 +216,7 @@ def checkpoint():
 
 
 def teacher(ssl, px, count=16):
-    """An epoch of a narrow ResNet-18, and its targets; at 64 px with blur."""
+    """An epoch of a narrow ResNet-18, and its targets."""
     args, data = options(ssl=ssl, width=4), images(count, px)
     encoder = common.ResNet(width=4, norm_layer=nn.BatchNorm2d).to(GPU)
     with (patch.object(common, "Checkpoint", Stub),

@@ -345,7 +345,7 @@ EXACT = {
     "indices": [3, 2, 29, 24, 15, 12, 18, 27, 14, 16, 12, 22, 28, 27, 5, 13, 17, 3, 2, 19, 4]}
 SINGLE = {  # in float32
     "kd": 0.5319181680679321, "supervised": 1.7537386417388916, "barlow_twins": 8.730570793151855,
-    "simclr": 3.2836966514587402, "view": 0.3785921633243561, "pixel": 0.008956645615398884,
+    "simclr": 3.2836966514587402, "view": 0.4402340054512024, "pixel": 0.004839221015572548,
     "probe": 1.0526904532224346}
 
 
@@ -385,7 +385,7 @@ def test_the_numbers_of_an_earlier_version_in_float32():
         f = lambda x: common.forward_flat(net, theta, x)  # noqa: E731
         draws = torch.Generator().manual_seed(5)
         found[objective] = common.student_loss(objective, f, x, targets, data, draws)
-    view = common.random_view(x, torch.Generator().manual_seed(3), blur=0.5, solarize=0.2)
+    view = common.random_view(x, torch.Generator().manual_seed(3))
     found["view"], found["pixel"] = view.mean(), view[4, 1, 7, 9]
     features, labels = wave(40, 6, step=0.31).clamp(min=0), torch.arange(40) % 3
     weight, bias = (part.double() for part in common.linear_probe(features.float(), labels, 3))

@@ -34,7 +34,7 @@ def teacher_step(ssl):
     images = torch.rand(12, 3, 8, 8, dtype=torch.float64)
     first, share = common.rank() * 6, 12 // common.world_size()
     data = common.ImageSet(images, None, torch.full((3,), 0.5), torch.full((3,), 0.25))
-    view = {"blur": 0.5, "solarize": 0.5, "part_of": (12, first)}
+    view = {"part_of": (12, first)}
     draws = torch.Generator().manual_seed(1)
     loss = train_teacher.ssl_loss(net, images[first : first + share], draws, data, view, args)
     (loss / common.world_size()).backward()
