@@ -581,7 +581,7 @@ def augment(x, z, kind, flip, draws):
     """
     if kind == "none":
         return x, z
-    size, padding = x.shape[-1], x.shape[-1] // 8 if kind == "flip_crop" else 0  # 4 at 32 px
+    size, padding = x.shape[-1], x.shape[-1] // 8 if "crop" in kind else 0  # 4 at 32 px
     half = torch.rand(len(x), 1, generator=draws, device=x.device) < (0.5 if flip else 0)
     at = torch.randint(2 * padding + 1, (len(x), 2, 1), generator=draws, device=x.device)
     i, j = (at + torch.arange(size, device=x.device)).unbind(1)  # (B, size) each: the rows, the columns

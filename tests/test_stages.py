@@ -819,6 +819,19 @@ def test_random_crop():
         assert sum(counts) == 500 and min(counts) > 0
 
 
+def test_mixed_images():
+    """Image and target by the same share, each with the one before it; shares of Beta(1/2, 1/2)."""
+    x, z = torch.randn(400, 1, 8, 8), torch.eye(400)
+    crops, same = common.augment(x, z, "flip_crop", True, common.generator("cpu", 0))
+    mixed, targets = common.augment(x, z, "flip_crop_mix", True, common.generator("cpu", 0))
+    share = targets.diagonal().clone()
+    assert torch.equal(same, z) and share.min() >= 0 and share.max() <= 1
+    assert abs(share.mean() - 1 / 2) < 0.08 and abs(share.var() - 1 / 8) < 0.02  # four standard errors
+    for result, parts in ((mixed, crops), (targets, z)):
+        of = share.view(-1, *[1] * (parts.ndim - 1))
+        torch.testing.assert_close(result, of * parts + (1 - of) * parts.roll(1, 0))
+
+
 # -- tables --------------------------------------------------------------------------------------------------
 
 
