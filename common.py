@@ -548,8 +548,7 @@ def random_view(images, generator, min_crop=0.08, flip=True, jitter=(0.4, 0.4, 0
     Args:
         images: (B, C, H, W) uint8, or float in [0, 1]; with C = 1 only brightness and contrast are jittered.
         generator: a torch.Generator of the images' device.
-        min_crop: smallest crop, as a share of the image's area.
-        flip: mirror half of the images.
+        min_crop: smallest crop, as a share of the image's area; flip: mirror half of the images.
         jitter: strength of brightness, contrast, saturation, and hue (in turns).
         part_of: (B', first): the images are those from `first` on of a batch of B', and get its draws.
         size: pixels of a view (default: the images').
@@ -574,10 +573,9 @@ AUGMENT_HELP = ("views of students: mirrored (digits never), cropped from the im
 
 
 def augment(x, z, kind, flip, draws):
-    """(x, z): a random view of each image of x (B, C, H, W), and its target of z (B, D).
+    """A random view of each image of x (B, C, H, W), and its target of z (B, D); kind: one of AUGMENT.
 
-    kind: one of AUGMENT; flip: mirror half of them. Each is mixed with the one before it in the batch, by a
-    share from Beta(1/2, 1/2) (mixup: Zhang et al., ICLR 2018).
+    flip: mirror half of them. Mixed (mixup: Zhang et al., ICLR 2018) is each with the one before it.
     """
     if kind == "none":
         return x, z

@@ -70,6 +70,8 @@ def parse_args(argv=None):
     match.add_argument("--syn_steps", type=positive, default=40, help="N, steps on D_syn (tinyimagenet: 10)")
     match.add_argument("--expert_epochs", type=positive, default=2, help="M, epochs of the expert to match")
     match.add_argument("--max_start_epoch", type=positive, default=2, help="T+ > t (5 %% of cifar: 5)")
+    line = "start anywhere on the line from an epoch to the next, the goal as far from its own (paper: no)"
+    match.add_argument("--between_epochs", action="store_true", help=line)
     match.add_argument("--max_experts", type=positive, help="use the first so many only (default: all)")
     match.add_argument("--batch_syn", type=positive, default=256, help="synthetic images a step")
     momentum = "of the N steps (the paper: none; --lr_init auto of a plain subset: 0.9, as pre-training has)"
@@ -254,15 +256,18 @@ def compiled_functions(args, net, data):
 def draw(args, size, trajectories, *key, max_start=None):
     """What follows from (seed, key): (start (P,), goal (P,), the batches of N steps, what the log says).
 
-    start is an expert k at an epoch t < max_start (default: T+), goal the same expert M epochs later.
+    start is an expert k at an epoch t < max_start (default: T+), by --between_epochs at t + u with u < 1, on
+    the line from epoch to epoch; goal the same expert M epochs later.
     """
     draws = common.generator("cpu", args.seed, *key)
     k = torch.randint(len(trajectories), (), generator=draws).item()
     t = torch.randint(max_start or args.max_start_epoch, (), generator=draws).item()
     smallest = 2 if args.objective in common.SSL else 1  # one image has nothing to be contrasted with
     batches = common.shuffled(size, args.batch_syn, args.seed, *key, smallest=smallest)
-    start, goal = (common.send(trajectories[k][epoch], args.device) for epoch in (t, t + args.expert_epochs))
-    return start, goal, list(itertools.islice(batches, args.syn_steps)), {"expert": k, "start_epoch": t}
+    u = torch.rand((), generator=draws).item() if args.between_epochs and not max_start else 0
+    at = lambda e: torch.lerp(*trajectories[k][e : e + 2], u) if u else trajectories[k][e]  # noqa: E731
+    start, goal = (common.send(at(epoch), args.device) for epoch in (t, t + args.expert_epochs))
+    return start, goal, list(itertools.islice(batches, args.syn_steps)), {"expert": k, "start_epoch": t + u}
 
 
 def find_rate(args, images, targets, net, data, trajectories, functions=None):
@@ -627,8 +632,8 @@ def main(args):
         unfinished.unlink(missing_ok=True)  # of a run that was killed just before its end
         print(f"{path} is there: nothing to do")
         return
-    epochs, needed = len(trajectories[0]) - 1 if paths else 0, args.max_start_epoch - 1 + args.expert_epochs
-    if follows and epochs < needed:
+    needed = args.max_start_epoch - 1 + args.expert_epochs + args.between_epochs
+    if follows and (epochs := len(trajectories[0]) - 1) < needed:
         raise Problem(f"--max_start_epoch {args.max_start_epoch}, --expert_epochs {args.expert_epochs}: read "
                       f"the epochs 0 to {needed} of experts, which have {epochs}; train them for {needed}")
     if args.init in INITS:

@@ -125,7 +125,7 @@ def options(**more):
         inner_momentum=0.0, iters=2, finetune_steps=1, protocol="finetune_krr_st", name="x", lr_img=1.0,
         lr_lr=0.1, lr_targets=0.1, clip_grad=0.1, decay=1.0, pool_size=2, pool_steps=2, batch_real=8,
         ridge=0.1, checkpoint_minutes=5.0, warmup_epochs=0, projection_dim=8, min_crop=0.1,
-        view_size=None), **more})
+        view_size=None, between_epochs=False), **more})
 
 
 def images(count=24, px=16):

@@ -220,8 +220,8 @@ def test_matching_loss():
 
 def matching_args(**options):
     always = dict(seed=0, objective="kd", device="cpu", width=8, compile=False, inner_momentum=0.0,
-                  precision="fp32", augment="none")
-    return argparse.Namespace(**always, **options)
+                  precision="fp32", augment="none", between_epochs=False)
+    return argparse.Namespace(**{**always, **options})
 
 
 def test_what_an_iteration_draws():
@@ -234,6 +234,19 @@ def test_what_an_iteration_draws():
         assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2, 4]
         assert sorted(torch.cat(batches[:3]).tolist()) == list(range(10))
     assert seen == set(itertools.product(range(4), range(3)))
+
+
+def test_starts_between_epochs():
+    """Anywhere up to the next epoch, the goal as far on; the rate is sought from fresh students."""
+    args = matching_args(batch_syn=4, syn_steps=1, max_start_epoch=3, expert_epochs=2, between_epochs=True)
+    trajectories, seen = [(10 * k + torch.arange(6.0)).view(6, 1) for k in range(4)], []
+    for it in range(60):
+        start, goal, _, drawn = distill.draw(args, 10, trajectories, it, 0)
+        seen.append(drawn["start_epoch"])
+        assert start.item() == pytest.approx(10 * drawn["expert"] + seen[-1], abs=1e-4)
+        assert goal.item() == pytest.approx(start.item() + 2, abs=1e-4)
+        assert distill.draw(args, 10, trajectories, it, 0, max_start=1)[3]["start_epoch"] == 0
+    assert len(set(seen)) == 60 and 0 < min(seen) < 0.5 and 2.5 < max(seen) < 3
 
 
 
