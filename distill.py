@@ -70,7 +70,7 @@ def parse_args(argv=None):
     match.add_argument("--syn_steps", type=positive, default=40, help="N, steps on D_syn (tinyimagenet: 10)")
     match.add_argument("--expert_epochs", type=positive, default=2, help="M, epochs of the expert to match")
     match.add_argument("--max_start_epoch", type=positive, default=2, help="T+ > t (5 %% of cifar: 5)")
-    line = "start anywhere on the line from an epoch to the next, the goal as far from its own (paper: no)"
+    line = "start on the line from an epoch to the next, so does the goal; wants an epoch more (paper: no)"
     match.add_argument("--between_epochs", action="store_true", help=line)
     match.add_argument("--max_experts", type=positive, help="use the first so many only (default: all)")
     match.add_argument("--batch_syn", type=positive, default=256, help="synthetic images a step")
@@ -99,7 +99,7 @@ def parse_args(argv=None):
             for action in group._group_actions:
                 if (args.init, action.dest) != ("high_loss", "max_experts"):
                     setattr(args, action.dest, action.default)
-        args.inner_momentum = 0.9 if auto else 0.0  # as pre-training has
+        args.inner_momentum, args.between_epochs = 0.9 if auto else 0.0, False  # as pre-training has
         args.precision, args.augment = (args.precision, args.augment) if auto else ("fp32", "none")
     if not args.name:
         args.name = f"{args.method if args.iters else 'subset'}_{args.init}"

@@ -1,7 +1,7 @@
 """Stage 2: train K students on the teacher's targets and keep their weights after every epoch: the experts.
 
 Each student starts from its own random weights and minimises the MSE between its output and the targets
-(knowledge distillation, paper eq. 5 and 7) on the real images, without augmentation.
+(knowledge distillation, paper eq. 5 and 7) on the real images, or by --augment on views of them.
 
 Reads:  OUT/targets.pt and the data set.
 Writes: OUT/experts/0000.pt ...   one file an expert,
@@ -41,7 +41,7 @@ def parse_args(argv=None):
     kd.add_argument("--num_experts", type=positive, default=100, help="K")
     kd.add_argument("--first_expert", type=natural, default=0, help="the first's number (to split K up)")
     kd.add_argument("--same_init", action="store_true", help="all start from the weights that expert 0 draws")
-    kd.add_argument("--epochs", type=positive, default=3, help="E, at least T+ - 1 + M (paper: 20)")
+    kd.add_argument("--epochs", type=positive, default=3, help="E, T+ - 1 + M at least (paper: 20)")
     kd.add_argument("--batch_size", type=positive, help="images a step (default: 256, SSL 1024)")
     kd.add_argument("--lr", type=number, help="constant (default: SGD 0.1, supervised 0.01; SSL, Adam 1e-3)")
     kd.add_argument("--momentum", type=number, help="of SGD (default: 0.9, supervised 0)")

@@ -974,6 +974,7 @@ def test_experts_that_do_not_fit(copy):
     refused("distill", copy, "--width 12 --name x", "experts/0000.pt", "--width")
     refused("distill", copy, "--max_start_epoch 3 --name x", "--max_start_epoch 3", "0 to 4", "have 3")
     refused("distill", copy, "--between_epochs --name x", "--max_start_epoch 2", "0 to 4", "have 3")
+    assert not distill.parse_args(["--iters", "0", "--lr_init", "auto", "--between_epochs"]).between_epochs
     path = copy / "experts/0002.pt"
     expert = read(path)
     expert["options"]["train_experts"]["lr"] = 0.05
