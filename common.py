@@ -438,6 +438,8 @@ class ConvNet(nn.Module):
 
     def features(self, x):
         """(B, C, H, W) -> (B, F), the flattened last map; F = 2,048 at 32 px and depth 3."""
+        if x.shape[-1] < 2 ** (depth := len(self.body) // 4):
+            raise Problem(f"--depth {depth} halves images of {x.shape[-1]} px to nothing; choose less")
         return self.body(x).flatten(1)
 
     def forward(self, x):
@@ -713,10 +715,12 @@ def linear_probe(features, labels, num_classes, weight_decay=1e-3, iterations=10
             raise Problem("the linear probe diverges: the features are not finite, or huge")
         return loss
 
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False  # --precision is the networks'
-    optimizer.step(closure)
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    matmul = torch.backends.cuda.matmul
+    allowed, matmul.allow_tf32 = matmul.allow_tf32, False  # --precision is the networks'
+    try:
+        optimizer.step(closure)
+    finally:
+        matmul.allow_tf32 = allowed
     return weight.detach(), (bias - weight @ centre).detach()
 
 

@@ -84,9 +84,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
     parser.add_run_options(compile=True)
     args = parser.parse_args(argv)
-    for name, value in RECIPES[args.method].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    vars(args).update({k: v for k, v in RECIPES[args.method].items() if getattr(args, k) is None})
     if args.init in INITS:
         args.lr_init = args.lr_init or 0.1
         args.fraction = 0.02 if args.fraction is None else args.fraction
@@ -381,7 +379,8 @@ def find_experts(args):
     inits = INITS if objective in common.LOSSES else ["random"]  # SSL has no loss of single images
     if objective == "supervised":  # without a teacher, whose targets KRR-ST and SAS want
         inits = ["random"] if args.method == "krr_st" else ["high_loss", "random"]
-    if objective not in (*common.LOSSES, *common.SSL) or args.init in INITS and args.init not in inits:
+    known = args.init in inits or args.init not in INITS and objective in common.LOSSES  # SSL: no targets
+    if objective not in (*common.LOSSES, *common.SSL) or not known:
         raise Problem(f"--init {args.init}: the experts in {folder} are {objective!r}; choose "
                       f"{' or '.join(inits)}, or make experts that are known")
     return paths[: args.max_experts], made
@@ -609,6 +608,8 @@ def main(args):
     if follows or args.init == "high_loss":
         paths, of_experts = find_experts(args)
     args.objective = of_experts.get("objective", "kd")
+    if args.objective in common.SSL or not follows:
+        args.augment = "none"  # SSL takes its own views, KRR-ST none
     data, all_targets, made = common.load_targets(args, args.objective)
     n, channels, px = data.images.shape[:3]
     folder = args.out_dir / "sets"
@@ -628,11 +629,11 @@ def main(args):
         ids["init_id"], options["init"] = init_id, Path(args.init).name
     now = {**options, "images_id": made["images_id"], "targets_id": made["targets_id"]}
     made_by = {"distill": now, "train_experts": of_experts, "": ids}
-    if common.is_done(path, made_by, {"images": 4, "targets": 2, "lr": 0}):
+    if common.is_done(path, made_by, {"images": 4, "targets": None, "lr": 0}):  # SSL: no targets
         unfinished.unlink(missing_ok=True)  # of a run that was killed just before its end
         print(f"{path} is there: nothing to do")
         return
-    needed = args.max_start_epoch - 1 + args.expert_epochs + args.between_epochs
+    needed = (args.max_start_epoch if matching else 1) - 1 + args.expert_epochs + args.between_epochs
     if follows and (epochs := len(trajectories[0]) - 1) < needed:
         raise Problem(f"--max_start_epoch {args.max_start_epoch}, --expert_epochs {args.expert_epochs}: read "
                       f"the epochs 0 to {needed} of experts, which have {epochs}; train them for {needed}")
@@ -645,7 +646,7 @@ def main(args):
         lr = 0.1  # the checkpoint has the rate
     elif lr == "auto":
         lr, tried = find_rate(args, images, targets, net, data, trajectories, functions)
-    syn = SyntheticSet(images, targets, lr, args.log_lr and args.iters > 0)
+    syn = SyntheticSet(images, targets, lr, args.log_lr)
     now |= {"experts": len(paths), **ids}
 
     def checkpoint_of(**parts):

@@ -116,7 +116,7 @@ trap 'stopped 143' TERM; trap 'stopped 130' INT
 
 run() { # a stage; the paper matches one expert an iteration, so distill.py has one process here
   local launch=("${PYTHON:-python}") status=0
-  [ "${PROCESSES:-1}" = 1 ] || [ "$1" = distill.py ] ||
+  [[ ${PROCESSES:-1} = 1 || $1 = distill.py || $1 = results/* ]] ||
     launch+=(-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES")
   echo "+$(printf ' %q' "${launch[@]}" "$@")"
   [ -z "${DRY_RUN:-}" ] || return 0

@@ -53,9 +53,7 @@ def parse_args(argv=None):
     for name in ("momentum", "out_dim"):
         if getattr(args, name) is not None and name not in RECIPES[args.objective]:
             raise Problem(f"--{name}: --objective {args.objective} has none; leave it out")
-    for name, value in RECIPES[args.objective].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    vars(args).update({k: v for k, v in RECIPES[args.objective].items() if getattr(args, k) is None})
     return args
 
 

@@ -45,12 +45,13 @@ def parse_args(argv=None):
     ssl.add_argument("--epochs", type=natural, help="default: 1000, simclr 400")
     ssl.add_argument("--batch_size", type=common.at_least(2), help="default: 256, simclr 512")
     ssl.add_argument("--lr", type=number, help="of Adam, cosine decay (default: 0.01, simclr 0.001)")
-    ssl.add_argument("--warmup_epochs", type=natural, default=10, help="of linear growth of the lr")
+    ssl.add_argument("--warmup_epochs", type=natural, default=10, help="the lr grows; a tenth of all at most")
     ssl.add_argument("--weight_decay", type=number, default=1e-6, help="of Adam")
     ssl.add_argument("--bt_lambda", type=number, default=8 / 1024, help="lambda (tinyimagenet: 1/1024)")
     ssl.add_argument("--projection_dim", type=positive, default=1024, help="d, the projector's output")
     ssl.add_argument("--view_size", type=common.at_least(1, int, 4096), help="pixels (default: the images')")
-    ssl.add_argument("--min_crop", type=number, default=0.08, help="smallest random crop, share of the area")
+    ssl.add_argument("--min_crop", type=common.at_least(0, float, 1), default=0.08,
+                     help="smallest random crop, share of the area")
     net = parser.add_argument_group("teacher f_T and its targets")
     net.add_argument("--width", type=positive, default=64, help="of ResNet-18's first stage; D = 8 width")
     kinds = "torchvision:NAME, hub:OWNER/REPO[:BRANCH]:NAME or hub:DIR:NAME"
@@ -66,9 +67,7 @@ def parse_args(argv=None):
         args.epochs = 0
         if not re.fullmatch("torchvision:.+|hub:.+:.+", args.encoder):
             raise Problem(f"--encoder {args.encoder}: give {kinds}")
-    for name, value in RECIPES[args.ssl].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    vars(args).update({k: v for k, v in RECIPES[args.ssl].items() if getattr(args, k) is None})
     if args.epochs and args.batch_size % common.world_size():
         raise Problem(f"--batch_size {args.batch_size}: choose a multiple of {common.world_size()} processes")
     return args
@@ -259,8 +258,6 @@ def make_teacher(data, args, made, log, checkpoint):
         except (RuntimeError, AttributeError, TypeError, ValueError):
             raise Problem(f"{path}: is of no ResNet-18 with a 3x3 stem, --width {args.width} and the images' "
                           "colour channels; give its --width, or move it away") from None
-        if not all(v.isfinite().all() for v in encoder.state_dict().values()):
-            raise Problem(f"{path}: its numbers are not all finite; move it away")
     encoder = encoder.to(args.device, memory_format=common.layout(args.width))
     if there:
         log.begin()
@@ -291,7 +288,7 @@ def represent(f, images, batch, args):
 def make_targets(features, dim):
     """The contents of targets.pt: features (N, D') as they are, or their dim principal components."""
     if not all(part.isfinite().all() for part in features.split(10_000)):
-        raise Problem("the representations are not finite: choose a smaller --lr, or another teacher")
+        raise Problem("the representations are not finite: choose a smaller --lr, or another teacher.pt")
     if not dim:
         return {"targets": features}
     mean, components, scale = principal_components(features, dim)

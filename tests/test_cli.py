@@ -273,10 +273,12 @@ def test_a_set_of_ones_own_is_a_row(tmp_path):
 
 
 def test_run_all_with_several_processes():
-    _, lines = dry_run("digits", PROCESSES="2")
     launcher = "python -m torch.distributed.run --standalone --nproc_per_node 2 "
-    alone = [line for line in lines if not line.startswith(launcher)]
-    assert alone and alone == [line for line in lines if line.startswith("python distill.py ")]
+    for words in (["digits"], ["figure1", "digits"]):
+        _, lines = dry_run(*words, PROCESSES="2")
+        alone = [line for line in lines if not line.startswith(launcher)]
+        one = ("python distill.py ", "python results/figure1.py ")
+        assert alone and alone == [line for line in lines if line.startswith(one)]
 
 
 # -- how run_all.sh ends -------------------------------------------------------------------------------------

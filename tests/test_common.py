@@ -102,6 +102,7 @@ def test_convnet_of_the_paper(size, depth, parameters):
     torch.testing.assert_close(net.body[1](convolved), F.instance_norm(convolved))
     assert [len(common.ConvNet(1, s).body) // 4 for s in (4, 8, 16, 28, 128)] == [2, 2, 2, 3, 5]
     refuses(lambda: common.ConvNet(5, image_size=8, depth=4), "--depth 4", "8 px")
+    refuses(lambda: net.features(torch.randn(1, 3, 4, 4)), f"--depth {depth}", "4 px")  # of other images
 
 
 @pytest.mark.parametrize("blocks, parameters", [((2, 2, 2, 2), 11_168_832), ((1, 1, 1, 1), 4_898_112)])
@@ -244,6 +245,14 @@ def test_probe_is_scikit_learns_logistic_regression(n, f):
     # mean CE + 1e-3 ||W||^2 is, times n, scikit-learn's C sum CE + ||W||^2 / 2 with C = 1 / (2e-3 n)
     reference = LogisticRegression(C=1 / (2e-3 * n), tol=1e-8, max_iter=10_000).fit(features, labels)
     assert np.abs(ours - reference.predict_proba(features)).max() < 1e-3
+
+
+def test_a_probe_that_diverges_leaves_the_precision_as_it_was():
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    refuses(lambda: common.linear_probe(torch.full((4, 2), math.nan), torch.arange(4), 4), "diverges")
+    after, matmul.allow_tf32 = matmul.allow_tf32, before
+    assert after
 
 
 def test_probe_accuracy_with_a_class_not_seen():

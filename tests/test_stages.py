@@ -360,7 +360,7 @@ def test_own_teacher(run_dir, tmp_path):
     poisoned = {name: value * float("nan") for name, value in weights.items()}
     for wrong in ([1], {1: torch.ones(2)}, 3, torch.ones(2), poisoned):
         torch.save({"encoder": wrong}, own)
-        refused("train_teacher", tmp_path, "", own)
+        refused("train_teacher", tmp_path, "", "teacher.pt")
     assert not (tmp_path / "targets.pt").exists()
 
 
@@ -473,9 +473,10 @@ def test_the_best_rate_of_the_start(copy):
     run("distill", copy, f"--init random --iters 1 --lr_init auto {more} --name learnt")
     *_, tries, step = log(copy / "distill_learnt.jsonl")
     assert tries == record and step["lr"] == pytest.approx(best)
+    run("distill", copy, "--init random --iters 0 --lr_init auto --max_start_epoch 9 --name x")
     shutil.rmtree(copy / "experts")
-    refused("distill", copy, "--init random --iters 0 --lr_init auto --name x", "train_experts.py")
-    run("distill", copy, "--init random --iters 0 --name x")  # wants none
+    refused("distill", copy, "--init random --iters 0 --lr_init auto --name y", "train_experts.py")
+    run("distill", copy, "--init random --iters 0 --name y")  # wants none
 
 
 def test_subsets_by_clusters(copy):
@@ -489,6 +490,7 @@ def test_subsets_by_clusters(copy):
 def test_krr_st(copy, monkeypatch):
     """Images and targets are learnt, the loss falls, and students start anew after --pool_steps steps."""
     options = "--method krr_st --iters 40 --pool_size 2 --pool_steps 5 --batch_real 100 --lr_img 0.02"
+    run("distill", copy, f"{options} --augment flip")  # which it has no use for
     run("distill", copy, options)
     contents, real = read(copy / "sets/krr_st_random.pt"), read(copy / "targets.pt")["targets"]
     assert (contents["targets"] != real[contents["indices"]]).any() and contents["lr"] == pytest.approx(0.1)
