@@ -8,7 +8,7 @@ images of a seed are the same for all sets, and a smaller fraction is part of a 
 Reads:  OUT/sets/*.pt and the data sets; OUT/targets.pt for the row "full" alone.
 Writes: OUT/results.jsonl   a record a cell: {set, pretrain, seed, steps, downstream, fraction, accuracy (null
                             where it failed), ids of set and images, options}; only missing ones are measured
-        OUT/NAME.md         the tables, drawn from the records: mean, std, paired difference to BASE
+        OUT/NAME.md         the tables, drawn from the records: mean, std, paired difference to a base
         OUT/NAME.png        the same as a figure, if matplotlib is installed
         OUT/evaluate.jsonl, and OUT/evaluate_*.checkpoint of encoders until the run ends
 
@@ -65,7 +65,7 @@ FINETUNE = {  # recipes of full fine-tuning, all SGD with momentum 0.9 and cosin
 }
 PAPER = Path(__file__).parent / "results" / "paper.csv"
 NAME = r"\w[\w.+-]*"  # of a set or a table
-BASE = ("subset_random", "kd")  # the row that others are compared with
+BASES = [("subset_random", "kd"), ("subset_random_auto", "kd")]  # others are compared with the first there
 
 
 def parse_args(argv=None):
@@ -458,20 +458,20 @@ def short_names(downstream):
     return {d: name if list(short.values()).count(name) == 1 else d for d, name in short.items()}
 
 
-def make_tables(table, rows, downstream, budgets, paper):
+def make_tables(table, rows, downstream, budgets, paper, base):
     """Markdown, a table a downstream set: a row a (set, objective); for each budget, a pair (labelled
-    fraction, steps, or None by --epochs), accuracy, difference to BASE, the paper's figure.
+    fraction, steps, or None by --epochs), accuracy, difference to base (a row or None), the paper's figure.
 
     rows: find_rows'; table: accuracies (sets, seeds) or None, as main has them; paper: read_paper's.
     """
-    tables, names, compare = [], short_names(downstream), BASE in rows and len(rows) > 1
+    tables, names = [], short_names(downstream)
     seeds = {row: [name.removeprefix(row[0]) for name in members] for row, members in rows.items()}
     for d in downstream:
         known = {f: source for (_, of, f), (_, source) in paper.items() if of == d and (f, None) in budgets}
         heads = [f"pre-training set; labels of {names[d]}", "n"]
         for f, steps in budgets:
             heads.append(f"{100 * f:g} % labels" + (f", {steps:,} steps" if steps else ""))
-            heads += ["difference"] if compare else []
+            heads += ["difference"] if base else []
         heads += [f"{source}: {100 * f:g} %" for f, source in known.items()]
         lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for row in rows:
@@ -479,10 +479,10 @@ def make_tables(table, rows, downstream, budgets, paper):
             sets, n = (0, 0) if first is None else first.shape
             texts = [row_title(row), f"{sets} x {n}" if sets > 1 else f"{n}"]
             for f, steps in budgets:
-                a, base = table[row, d, f, steps], table.get((BASE, d, f, steps))
+                a, paired = table[row, d, f, steps], seeds[row] == seeds.get(base)
                 texts.append(accuracy_text(a))
-                paired = seeds[row] == seeds.get(BASE)
-                texts += [difference_text(a, base, paired) if row != BASE else ""] if compare else []
+                if base:
+                    texts.append(difference_text(a, table[base, d, f, steps], paired) if row != base else "")
             plain = row[1] in ("kd", "none")  # the paper's other rows are pre-trained otherwise
             texts += [paper.get((row[0], d, f), ("",))[0] if plain else "" for f in known]
             lines.append(f"| {' | '.join(texts)} |")
@@ -521,7 +521,7 @@ def save_figure(path, table, rows, downstream, fractions, steps):
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def caption(args, rows, downstream, budgets, paper):
+def caption(args, rows, downstream, budgets, paper, base):
     """What the tables do not say of themselves."""
     judged = "linear probe" if args.protocol == "linear" else f"full fine-tuning ({args.protocol})"
     long = f"{args.epochs} epochs in batches of {args.batch_size}"
@@ -533,8 +533,8 @@ def caption(args, rows, downstream, budgets, paper):
         "Mean ± std (divisor n - 1) over n seeds of weights, order and labels, or sets x seeds.",
         "Rows that name no other way are pre-trained by MSE to the set's targets (KD).",
     ]
-    if BASE in rows and len(rows) > 1:
-        texts.append("Differences to the random subset: paired by seed, ± standard error.")
+    if base:
+        texts.append(f"Differences to the {row_title(base)}: paired by seed, ± standard error.")
     texts += [f"Pre-training with --augment {args.augment}."] * (args.augment != "none")
     texts += [f"Precision: {args.precision}."] * (args.precision != "fp32")
     if args.paper:
@@ -549,8 +549,9 @@ def write_tables(args, table, rows, downstream, paper):
     path, budgets = args.out_dir / f"{args.name}.md", list(itertools.product(args.fractions, args.probe_at))
     if path.exists() and all(a is None or np.isnan(a).all() for a in table.values()):
         return print(f"nothing could be measured: {path} stays as it is")
-    text = make_tables(table, rows, args.downstream, budgets, paper)
-    text += f"\n{caption(args, rows, downstream, budgets, paper)}\n"
+    base = next((row for row in BASES if row in rows and len(rows) > 1), None)
+    text = make_tables(table, rows, args.downstream, budgets, paper, base)
+    text += f"\n{caption(args, rows, downstream, budgets, paper, base)}\n"
     with common.replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     print(f"\n{text}wrote {path} and results.jsonl", flush=True)

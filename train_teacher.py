@@ -50,8 +50,7 @@ def parse_args(argv=None):
     ssl.add_argument("--bt_lambda", type=number, default=8 / 1024, help="lambda (tinyimagenet: 1/1024)")
     ssl.add_argument("--projection_dim", type=positive, default=1024, help="d, the projector's output")
     ssl.add_argument("--view_size", type=common.at_least(1, int, 4096), help="pixels (default: the images')")
-    ssl.add_argument("--min_crop", type=common.at_least(0, float, 1), default=0.08,
-                     help="smallest random crop, share of the area")
+    ssl.add_argument("--min_crop", type=common.at_least(0, float, 1), default=0.08, help="smallest crop area")
     net = parser.add_argument_group("teacher f_T and its targets")
     net.add_argument("--width", type=positive, default=64, help="of ResNet-18's first stage; D = 8 width")
     kinds = "torchvision:NAME, hub:OWNER/REPO[:BRANCH]:NAME or hub:DIR:NAME"

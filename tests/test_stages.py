@@ -477,6 +477,9 @@ def test_the_best_rate_of_the_start(copy):
     shutil.rmtree(copy / "experts")
     refused("distill", copy, "--init random --iters 0 --lr_init auto --name y", "train_experts.py")
     run("distill", copy, "--init random --iters 0 --name y")  # wants none
+    run("evaluate", copy, "--sets none subset_random_auto --seeds 0 --name auto")  # the base of differences
+    text = (copy / "auto.md").read_text()
+    assert "| difference |" in text and "Differences to the random subset, lr by --lr_init auto: " in text
 
 
 def test_subsets_by_clusters(copy):
@@ -899,7 +902,8 @@ def test_table_of_the_papers_own_sets():
     table = {(row, d, 0.01, None): np.array([[40.0, 42.0, 44.0]]) for row in members for d in sets}
     table[("mkdt_high_loss", "kd"), "cifar10", 0.01, None] = np.array([[45.0, np.nan, 47.0]])
     paper = evaluate.read_paper("table1", "cifar10", "convnet")
-    text = evaluate.make_tables(table, members, sets, [(0.01, None)], paper)
+    base = ("subset_random", "kd")
+    text = evaluate.make_tables(table, members, sets, [(0.01, None)], paper, base)
     first, second = text.split("\n\n")
     assert first.splitlines() == [
         "| pre-training set; labels of cifar10 | n | 1 % labels | difference | paper: 1 % |",
