@@ -608,8 +608,7 @@ def main(args):
     if follows or args.init == "high_loss":
         paths, of_experts = find_experts(args)
     args.objective = of_experts.get("objective", "kd")
-    if args.objective in common.SSL or not follows:
-        args.augment = "none"  # SSL takes its own views, KRR-ST none
+    args.augment = args.augment if follows and args.objective in common.LOSSES else "none"  # SSL has its own
     data, all_targets, made = common.load_targets(args, args.objective)
     n, channels, px = data.images.shape[:3]
     folder = args.out_dir / "sets"
@@ -629,7 +628,7 @@ def main(args):
         ids["init_id"], options["init"] = init_id, Path(args.init).name
     now = {**options, "images_id": made["images_id"], "targets_id": made["targets_id"]}
     made_by = {"distill": now, "train_experts": of_experts, "": ids}
-    if common.is_done(path, made_by, {"images": 4, "targets": None, "lr": 0}):  # SSL: no targets
+    if common.is_done(path, made_by, {"images": 4, "targets": 2 if all_targets.shape[1] else None, "lr": 0}):
         unfinished.unlink(missing_ok=True)  # of a run that was killed just before its end
         print(f"{path} is there: nothing to do")
         return

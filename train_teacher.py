@@ -61,8 +61,7 @@ def parse_args(argv=None):
     parser.add_run_options()
     args = parser.parse_args(argv)
     if args.encoder is not None:
-        for action in ssl._group_actions:  # it does not depend on what would be trained
-            setattr(args, action.dest, action.default)
+        vars(args).update({a.dest: a.default for a in ssl._group_actions})  # not of what would be trained
         args.epochs = 0
         if not re.fullmatch("torchvision:.+|hub:.+:.+", args.encoder):
             raise Problem(f"--encoder {args.encoder}: give {kinds}")
@@ -257,6 +256,8 @@ def make_teacher(data, args, made, log, checkpoint):
         except (RuntimeError, AttributeError, TypeError, ValueError):
             raise Problem(f"{path}: is of no ResNet-18 with a 3x3 stem, --width {args.width} and the images' "
                           "colour channels; give its --width, or move it away") from None
+        if not all(v.isfinite().all() for v in encoder.state_dict().values()):
+            raise Problem(f"{path}: its numbers are not all finite; move it away")
     encoder = encoder.to(args.device, memory_format=common.layout(args.width))
     if there:
         log.begin()
@@ -287,7 +288,7 @@ def represent(f, images, batch, args):
 def make_targets(features, dim):
     """The contents of targets.pt: features (N, D') as they are, or their dim principal components."""
     if not all(part.isfinite().all() for part in features.split(10_000)):
-        raise Problem("the representations are not finite: choose a smaller --lr, or another teacher.pt")
+        raise Problem("the representations are not finite: choose a smaller --lr, or another teacher")
     if not dim:
         return {"targets": features}
     mean, components, scale = principal_components(features, dim)

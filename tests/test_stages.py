@@ -360,7 +360,7 @@ def test_own_teacher(run_dir, tmp_path):
     poisoned = {name: value * float("nan") for name, value in weights.items()}
     for wrong in ([1], {1: torch.ones(2)}, 3, torch.ones(2), poisoned):
         torch.save({"encoder": wrong}, own)
-        refused("train_teacher", tmp_path, "", "teacher.pt")
+        refused("train_teacher", tmp_path, "", own)
     assert not (tmp_path / "targets.pt").exists()
 
 
