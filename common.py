@@ -1104,6 +1104,26 @@ def load_targets(args, objective="kd"):
     return train, targets, made
 
 
+def load_set(path, data, dim=None):
+    """What a set's file holds, its images normalised by the mean and std of data, an ImageSet.
+
+    Of a file without mean and std they are taken to be so. Raises Problem if it does not fit data or D = dim.
+    """
+    found = load(path, {"images": 4, "targets": 2, "lr": 0}, "distill.py")
+    size, shape = len(found["images"]), tuple(data.images.shape[1:])
+    found = {"mean": data.mean, "std": data.std, "indices": torch.full((size,), -1), **found}
+    fits = {"images": (size, *shape), "targets": (size, dim or found["targets"].shape[1]), "indices": (size,)}
+    for name, fit in {**fits, "mean": shape[:1], "std": shape[:1]}.items():
+        there = tuple(getattr(found[name], "shape", ()))
+        if there != fit or not found[name].isfinite().all():
+            raise Problem(f"{path}: its {name} {there} would be finite numbers {fit} here; give another set, "
+                          "or the --dataset and --image_size that it was made with")
+    if any(found[name].tolist() != getattr(data, name).tolist() for name in ("mean", "std")):
+        theirs = data._replace(mean=found["mean"], std=found["std"])
+        found["images"] = normalise(denormalise(found["images"], theirs), data)
+    return found
+
+
 def check_same(path, contents, stage, now, advice="move it away, or choose another --out_dir (OUT)"):
     """Raises Problem if a file's contents were made by a stage with other options or ids than now has.
 

@@ -428,27 +428,6 @@ def start_indices(args, data, all_targets, example_losses):
     return torch.randperm(n, generator=common.generator("cpu", args.seed, "subset"))[:size]
 
 
-def load_start(args, data, dim, made):
-    """--init FILE.pt: (images (S, C, H, W), targets (S, D), lr, indices (S,), -1 where it has none, its id).
-
-    Images are normalised as data's. Raises Problem if it does not fit data, D = dim, or made, load_targets'.
-    """
-    found = common.load(args.init, {"images": 4, "targets": 2, "lr": 0, "mean": 1, "std": 1}, "distill.py")
-    size, shape = len(found["images"]), tuple(data.images.shape[1:])
-    found.setdefault("indices", torch.full((size,), -1))
-    fits = dict(images=(size, *shape), targets=(size, dim), mean=shape[:1], std=shape[:1], indices=(size,))
-    for name, fit in fits.items():
-        there = tuple(getattr(found[name], "shape", ()))
-        if there != fit or (name == "indices" and found[name].dtype != torch.int64):
-            raise Problem(f"--init {args.init}: its {name} {there} would be {fit} here, indices int64")
-    common.check_same(args.init, found, "", {"targets_id": made["targets_id"]}, "give another set")
-    images, theirs = found["images"], data._replace(mean=found["mean"], std=found["std"])
-    if torch.cat(theirs[2:4]).tolist() != torch.cat(data[2:4]).tolist():
-        images = common.normalise(common.denormalise(images, theirs), data)
-    init_id = common.fingerprint(images, *(found[name] for name in ("targets", "lr", "indices")))
-    return images, found["targets"], args.lr_init or found["lr"], found["indices"], init_id
-
-
 def save_picture(path, start, result, data, count=30, columns=10):
     """Write the first `count` images, rows of `columns`, each of the start (S, C, H, W) above its result."""
     from torchvision.utils import save_image
@@ -624,8 +603,11 @@ def main(args):
     trajectories, example_losses, made["options"] = load_experts(paths, n, common.flatten(net).numel(), made)
     ids = {"experts_id": common.fingerprint(*(t[-1] for t in trajectories))} if paths else {}
     if args.init not in INITS:
-        images, targets, lr, indices, init_id = load_start(args, data, all_targets.shape[1], made)
-        ids["init_id"], options["init"] = init_id, Path(args.init).name
+        found = common.load_set(args.init, data, all_targets.shape[1])
+        common.check_same(args.init, found, "", {"targets_id": made["targets_id"]}, "give another set")
+        images, targets, indices = found["images"], found["targets"], found["indices"].long()
+        lr, options["init"] = args.lr_init or found["lr"], Path(args.init).name
+        ids["init_id"] = common.fingerprint(images, targets, found["lr"], indices)
     now = {**options, "images_id": made["images_id"], "targets_id": made["targets_id"]}
     made_by = {"distill": now, "train_experts": of_experts, "": ids}
     if common.is_done(path, made_by, {"images": 4, "targets": 2 if all_targets.shape[1] else None, "lr": 0}):

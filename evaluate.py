@@ -264,16 +264,12 @@ def load_set(path, data, ids, row):
     ids: {images_id, targets_id} of the table's other sets, row: options of those of its row. It must have the
     same, as far as it names them, and adds its own.
     """
-    contents = common.load(path, {"images": 4, "targets": 2, "lr": 0}, "distill.py")
-    images, targets, shape = contents["images"], contents["targets"], tuple(data.images.shape[1:])
-    if images.shape[1:] != shape or len(targets) != len(images):
-        raise Problem(f"{path}: has images {tuple(images.shape)} and targets {tuple(targets.shape)}, here "
-                      f"images are {shape}; give the --dataset and --image_size that it was made with")
+    contents = common.load_set(path, data)
     advice = "sets of a row or table go together: move it to a folder of its own, or make it again"
     common.check_same(path, contents, "distill", {**ids, **row}, advice)
     ids |= {name: contents[name] for name in ("images_id", "targets_id") if name in contents}
     row |= {k: v for k, v in contents.get("options", {}).get("distill", {}).items() if k != "seed"}
-    return images, targets, contents["lr"]
+    return contents["images"], contents["targets"], contents["lr"]
 
 
 def load_downstream(name, args, channels):

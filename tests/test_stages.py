@@ -1091,6 +1091,8 @@ def test_a_set_that_starts_from_another(copy, tmp_path, start):
     start(tmp_path / "own", "--iters 0")
     found = read(copy / "sets/own_on.pt")
     torch.testing.assert_close(found["images"], first["images"], atol=5e-3, rtol=0)
+    judged, _, _ = evaluate.load_set(tmp_path / "own.pt", data, {}, {})
+    assert torch.equal(judged, found["images"])
     assert (found["indices"] == -1).all()
     torch.save({**own, "lr": 5.0}, tmp_path / "own.pt")
     refuses(lambda: start(tmp_path / "own", "--iters 0"), "own_on.pt", "other init")
@@ -1101,9 +1103,9 @@ def test_a_start_that_does_not_fit(copy, tmp_path, start):
     for parts, *words in [
         ({"images": first["images"][:, :, :4]}, "(15, 1, 4, 8)"), ({"mean": torch.zeros(3)}, "mean (3,)"),
         ({"targets": first["targets"][:3]}, "(3, 32)"), ({"targets": first["targets"][:, :3]}, "(15, 3)"),
-        ({"std": torch.zeros(1, 1)}, "'std'"), ({"targets_id": "x"}, "other targets"), ({"lr": -1}, "'lr'"),
-        ({"indices": torch.zeros(3)}, "indices (3,)"), ({"indices": "x"}, "indices ()"),
-        ({"indices": torch.zeros(15)}, "int64")]:
+        ({"std": torch.zeros(1, 1)}, "std (1, 1)"), ({"targets_id": "x"}, "other targets"),
+        ({"lr": -1}, "'lr'"), ({"indices": torch.zeros(3)}, "indices (3,)"), ({"indices": "x"}, "indices ()"),
+        ({"mean": torch.tensor([math.nan])}, "finite")]:
         torch.save({**first, **{k: v.clone() if torch.is_tensor(v) else v for k, v in parts.items()}},
                    copy / "sets/x.pt")
         refuses(lambda: start("x"), "x.pt", *words, what=words)
