@@ -1112,8 +1112,8 @@ def load_set(path, data, dim=None):
     found = load(path, {"images": 4, "targets": 2, "lr": 0}, "distill.py")
     size, shape = len(found["images"]), tuple(data.images.shape[1:])
     found = {"mean": data.mean, "std": data.std, "indices": torch.full((size,), -1), **found}
-    fits = {"images": (size, *shape), "targets": (size, dim or found["targets"].shape[1]), "indices": (size,)}
-    for name, fit in {**fits, "mean": shape[:1], "std": shape[:1]}.items():
+    fits = dict(images=(size, *shape), targets=(size, dim or found["targets"].shape[1]), mean=shape[:1])
+    for name, fit in {**fits, "std": shape[:1], **({"indices": (size,)} if dim else {})}.items():
         there = tuple(getattr(found[name], "shape", ()))
         if there != fit or not found[name].isfinite().all():
             raise Problem(f"{path}: its {name} {there} would be finite numbers {fit} here; give another set, "
