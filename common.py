@@ -581,7 +581,7 @@ def augment(x, z, kind, flip, draws):
     """
     if kind == "none":
         return x, z
-    size, padding = x.shape[-1], x.shape[-1] // 8 if "crop" in kind else 0  # 4 at 32 px
+    size, padding = x.shape[-1], max(1, x.shape[-1] // 8) if "crop" in kind else 0  # 4 at 32 px
     half = torch.rand(len(x), 1, generator=draws, device=x.device) < (0.5 if flip else 0)
     at = torch.randint(2 * padding + 1, (len(x), 2, 1), generator=draws, device=x.device)
     i, j = (at + torch.arange(size, device=x.device)).unbind(1)  # (B, size) each: the rows, the columns
@@ -750,7 +750,7 @@ class Parser(argparse.ArgumentParser):
         data.add_argument("--out_dir", type=Path, help="folder of this run (default: runs/DATASET)")
 
     def add_student_options(self):
-        net = self.add_argument_group("student f_S, the same in all stages")
+        net = self.add_argument_group("student f_S; --width and --depth are the same in all stages")
         net.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
         net.add_argument("--depth", type=positive, help=DEPTH_HELP)
         net.add_argument("--augment", choices=AUGMENT, default="none", help=AUGMENT_HELP)
@@ -758,7 +758,7 @@ class Parser(argparse.ArgumentParser):
     def add_run_options(self, compile=False):
         run = self.add_argument_group("how to run (of these only --precision counts for the result)")
         run.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
-        run.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+        run.add_argument("--threads", type=at_least(1, int, 1024), help="CPU threads (default: torch's)")
         rounding = "tf32: a GPU rounds the factors of products to 10 bits; bf16: networks in bfloat16, too"
         run.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help=rounding)
         often = "from one checkpoint to the next, from which the same command goes on; 0: after each step"
@@ -1115,9 +1115,9 @@ def load_set(path, data, dim=None):
     fits = dict(images=(size, *shape), targets=(size, dim or found["targets"].shape[1]), mean=shape[:1])
     for name, fit in {**fits, "std": shape[:1], **({"indices": (size,)} if dim else {})}.items():
         there = tuple(getattr(found[name], "shape", ()))
-        if there != fit or not found[name].isfinite().all():
-            raise Problem(f"{path}: its {name} {there} would be finite numbers {fit} here; give another set, "
-                          "or the --dataset and --image_size that it was made with")
+        if there != fit or not found[name].isfinite().all() or name == "std" and found[name].min() <= 0:
+            raise Problem(f"{path}: its {name} {there} would be finite numbers {fit} here, std above 0; give "
+                          "another set, or the --dataset and --image_size that it was made with")
     if any(found[name].tolist() != getattr(data, name).tolist() for name in ("mean", "std")):
         theirs = data._replace(mean=found["mean"], std=found["std"])
         found["images"] = normalise(denormalise(found["images"], theirs), data)

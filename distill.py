@@ -65,7 +65,7 @@ def parse_args(argv=None):
     learn.add_argument("--momentum", type=number, default=0.5, help="of the SGD on pixels, lr, Z_syn")
     learn.add_argument("--decay", type=common.at_least(0, float, 1),
                        help="of all rates, linear, to this share in the end (default: 1, none; krr_st 1e-3)")
-    learn.add_argument("--clip_grad", type=number, help="largest norm of the pixels' gradient (paper: any)")
+    learn.add_argument("--clip_grad", type=rate, help="largest norm of the pixels' gradient (paper: any)")
     match = parser.add_argument_group("trajectory matching (eq. 4 and 8)")
     match.add_argument("--syn_steps", type=positive, default=40, help="N, steps on D_syn (tinyimagenet: 10)")
     match.add_argument("--expert_epochs", type=positive, default=2, help="M, epochs of the expert to match")
@@ -371,11 +371,9 @@ def find_experts(args):
     folder = args.out_dir / "experts"
     paths = sorted(path for path in folder.glob("*.pt") if re.fullmatch(r"\d{4,}", path.stem))
     if len(paths) < (args.max_experts or 1):
-        asked = f", fewer than --max_experts {args.max_experts}" if args.max_experts else ""
-        raise Problem(f"{folder}: has {len(paths)} experts{asked}; make more with train_experts.py")
-    first = common.load(paths[0], {}, "train_experts.py", mmap=True)
-    made = first.get("options", {}).get("train_experts", {})
-    objective = made.get("objective", "kd")
+        raise Problem(f"{folder}: has {len(paths)} of {args.max_experts or 1} experts; run train_experts.py")
+    made = common.load(paths[0], {}, "train_experts.py", mmap=True).get("options", {})
+    objective = (made := made.get("train_experts", {})).get("objective", "kd")
     inits = INITS if objective in common.LOSSES else ["random"]  # SSL has no loss of single images
     if objective == "supervised":  # without a teacher, whose targets KRR-ST and SAS want
         inits = ["random"] if args.method == "krr_st" else ["high_loss", "random"]
@@ -614,7 +612,7 @@ def main(args):
         unfinished.unlink(missing_ok=True)  # of a run that was killed just before its end
         print(f"{path} is there: nothing to do")
         return
-    needed = (args.max_start_epoch if matching else 1) - 1 + args.expert_epochs + args.between_epochs
+    needed = args.expert_epochs + (args.max_start_epoch - 1 + args.between_epochs if matching else 0)
     if follows and (epochs := len(trajectories[0]) - 1) < needed:
         raise Problem(f"--max_start_epoch {args.max_start_epoch}, --expert_epochs {args.expert_epochs}: read "
                       f"the epochs 0 to {needed} of experts, which have {epochs}; train them for {needed}")

@@ -371,7 +371,7 @@ def make_pretrained(args, cell, the_set, data, options):
     if images is not None:
         images, targets = (common.place(part, args.device) for part in (images, targets))
         judging = dict.fromkeys(("protocol", "finetune_steps", "split"))  # an encoder depends on none
-        now = {**options, **judging, "set_id": cell["set_id"], "lr": lr}
+        now = {**options, **judging, "lr": lr, "set_id": cell["set_id"]}
         path = checkpoint_path(args, cell)
         pretrain(net, cell["pretrain"], images, targets, data, lr, args, cell["seed"], cell["steps"],
                  lambda **parts: common.Checkpoint(path, args, now, **parts))

@@ -33,10 +33,10 @@ if [ "${1:-}" = rehearse ]; then rehearse=_rehearsal preset=${preset:-digits}; s
 for name in SETS SEEDS DISTILL_SEEDS DOWNSTREAM; do [[ ${!name-} = *[![:space:]]* ]] || unset $name; done # blank: the default
 OUT=${OUT:-runs} DISTILL_SEEDS=${DISTILL_SEEDS:-0}
 [[ "$DISTILL_SEEDS ${SEEDS:-0}" =~ ^([0-9]{1,9}(\ +|$))+$ ]] || refuse "DISTILL_SEEDS and SEEDS: give whole numbers"
-[[ ${FRACTION:-1} =~ ^(1|0?\.0*[1-9][0-9]*)$ ]] || refuse "FRACTION=$FRACTION: give a number up to 1, such as 0.02"
+[[ ${FRACTION:-1} =~ ^(1(\.0*)?|0?\.0*[1-9][0-9]*)$ ]] || refuse "FRACTION=$FRACTION: give a number up to 1, such as 0.02"
 case ${PROCESSES:-1} in *[!0-9]* | 0*) refuse "PROCESSES=$PROCESSES: give a whole number from 1" ;; esac
 init="(random|high_loss|sas)" how="(:(kd|krr_st|simclr|barlow_twins|SSL))?"
-known="^(none|full|(subset|krr_st)_$init|subset_${init}_auto|(mkdt|mkdt_raised|best)_$init(_[1-9][0-9]*)?)$how$"
+known="^(none|full|(subset|krr_st)_$init|subset_${init}_auto|(mkdt|mkdt_raised|best)_$init(_[1-9][0-9]{0,8})?)$how$"
 for row in ${SETS:-}; do # a set of one's own must be there
   [[ $row =~ $known || $row =~ ^[^:]*$how$ && -n $(set +f; ls -d "$OUT"/*/sets/"${row%%:*}.pt" 2> /dev/null) ]] ||
     refuse "SETS: '$row' is unknown"
@@ -50,6 +50,8 @@ done < <([ -z "${DOWNSTREAM:-}" ] || xargs -n 1 printf '%s\n' <<< "$DOWNSTREAM" 
 only="fraction|init|seed|name|method|dataset|data_dir|out_dir|image_size|limit|width|depth" # all rows or none
 [[ ! " ${DISTILL:-} ${KRR_ST:-} " =~ [[:space:]]--($only)[[:space:]=] ]] ||
   refuse "DISTILL and KRR_ST: --${BASH_REMATCH[1]} would make some rows unlike others; use FRACTION, SETS, STUDENT ..."
+[[ ! " ${TEACHER:-} ${EXPERTS:-} ${EVALUATE:-} ${STUDENT:-} " =~ [[:space:]]--(dataset|data_dir|out_dir)[[:space:]=] ]] ||
+  refuse "TEACHER, EXPERTS, EVALUATE, STUDENT: instead of --${BASH_REMATCH[1]} give a preset, DATA_DIR or OUT"
 [ -n "${DRY_RUN:-}" ] || command -v "${PYTHON:-python}" > /dev/null || refuse "PYTHON=${PYTHON:-python}: not found"
 [ "$preset" != images ] || [ -n "${DOWNSTREAM:-}" ] || [ "$table" = figure1 ] ||
   refuse "images have no labels: name the labelled sets that judge, DOWNSTREAM='imagefolder:DIR2 cifar10'"
@@ -176,7 +178,7 @@ judge() { # the tables of this preset
     name=${table:-results}_$protocol name=${name%_linear} words="--fractions $labels"
     case $protocol in resnet*) words+=" --arch $protocol" ;; finetune*) words="--protocol $protocol" ;; esac
     [[ $table != table* ]] || words+=" --paper $table"
-    run evaluate.py "${data[@]}" --out_dir "$out" --name $name $student $evaluate $words ${EVALUATE:-} \
+    [ -z "$ready" ] || run evaluate.py "${data[@]}" --out_dir "$out" --name $name $student $evaluate $words ${EVALUATE:-} \
       --downstream "${judges[@]}" || true
     [ -z "$table" ] || [ ! -f "$out/$name.md" ] ||
       tables+="## $(basename "$out"): $name"$'\n\n'"$(< "$out/$name.md")"$'\n\n'
@@ -187,13 +189,12 @@ name=${folder:+$(basename "$folder")} name=${name:-$preset} tables=
 result=$OUT/$table${name:+_$name}$rehearse.md # a table of the paper, of all presets
 for preset in ${preset:-$presets}; do
   options $preset
-  run train_teacher.py "${data[@]}" --out_dir "$base" $teacher && bring_targets "$out" || continue
-  if [ "$table" = figure1 ]; then figure1; continue; fi
-  run train_experts.py "${data[@]}" --out_dir "$out" $student $experts ${EXPERTS:-} || continue
-  for row in $(printf '%s\n' $sets | sed 's/:.*//' | awk '!seen[$0]++'); do # each set once
-    for seed in $DISTILL_SEEDS; do make_set "$row" "$seed"; done
-  done
-  judge
+  run train_teacher.py "${data[@]}" --out_dir "$base" $teacher && bring_targets "$out" && ready=1 || ready=
+  if [ "$table" = figure1 ]; then [ -z "$ready" ] || figure1; continue; fi
+  [ -z "$ready" ] || run train_experts.py "${data[@]}" --out_dir "$out" $student $experts ${EXPERTS:-} || ready=
+  for row in $(printf '%s\n' ${ready:+$sets} | sed 's/:.*//' | awk '!seen[$0]++'); do # each once
+    for seed in $DISTILL_SEEDS; do make_set "$row" "$seed"; done; done
+  judge # of a preset that failed, the tables of before
 done
-[ -z "$tables" ] || { printf %s "$tables" > "$result" && echo "wrote $result"; } || failed=2
+[ -z "$tables" -o -n "${DRY_RUN:-}" ] || { printf %s "$tables" > "$result.tmp" && mv "$result.tmp" "$result" && echo "wrote $result"; } || failed=2
 exit $failed

@@ -138,7 +138,9 @@ def load_pretrained(name, device):
     try:
         preprocess = models.get_model_weights("resnet18").DEFAULT.transforms()
         if source == "hub":
-            kind, ours = "local" if Path(repo).is_dir() else "github", sys.modules.pop("common")
+            if not (there := Path(repo).is_dir()) and Path(repo).parent.is_dir():
+                raise FileNotFoundError(f"there is no folder {repo}")
+            kind, ours = "local" if there else "github", sys.modules.pop("common")
             try:  # the repository may have a module common of its own
                 net = torch.hub.load(repo, model, source=kind, trust_repo=True, verbose=False)
             finally:
@@ -160,7 +162,7 @@ def load_pretrained(name, device):
     def f(x):
         try:
             return net(preprocess(x.expand(-1, 3, -1, -1))).flatten(1)  # grey images as red, green and blue
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise refusal(error) from None
 
     return f

@@ -294,12 +294,12 @@ WRONG = [  # words, variables, and what a script says as it reads its options; "
         "table1 mnist", "table1 rehearse digits")),
     *(("", {name: value}, said) for said, name, *values in (
         ("", "DISTILL_SEEDS", "a", "99999999999"), ("", "PROCESSES", "two", "0"),
-        ("", "SETS", "mkdt", "gan_random", "subset_easy", "mkdt_random_auto", "mkdt_random_0"),
-        ("", "SETS", "subset_random_9", "mkdt_random:gan", "best_raised_random", "mkdt_raised"),
+        ("", "SETS", "mkdt", "best_random_9999999999", "gan_random", "subset_easy", "mkdt_random_auto"),
+        ("", "SETS", "mkdt_random_0", "subset_random_9", "mkdt_random:gan", "best_raised_random", "mkdt_raised"),
         ("", "FRACTION", "abc", "5%", "0,05", "1/20", "-1", "7", ".", "0.0"),
         ("", "DOWNSTREAM", "digits mnist", "digits imagefolder:/no/folder", "images:/tmp", "images"),
         ("", "DISTILL", "--iters 3 --fraction 0.1", "--seed=1", "--iters 3\n--seed\t5"),
-        ("", "KRR_ST", "--init sas"),
+        ("", "KRR_ST", "--init sas"), ("", "TEACHER", "--dataset digits"), ("", "STUDENT", "--out_dir=x"),
         ("--seeds", "SEEDS", "0,1", "99999999999"), ("--ssl", "SSL", "byol")) for value in values),
 ]
 
@@ -326,6 +326,21 @@ def stub(tmp_path):
         return str(path)
 
     return write
+
+
+def test_a_table_of_several_data_sets_stays_whole(stub, tmp_path):
+    """In a dry run, and where a data set fails that was there before."""
+    for name in ("cifar10", "cifar100", "tinyimagenet"):
+        (tmp_path / f"{name}_0.05").mkdir()
+        (tmp_path / f"{name}_0.05/table4.md").write_text(f"of {name}")
+    table = tmp_path / "table4.md"
+    assert dry_run("table4", OUT=str(tmp_path))[0].returncode == 0 and not table.exists()
+    python = stub('case "$*" in *"dataset cifar100"*) echo error: no >&2; exit 2 ;; esac\n'
+                  f'mkdir -p {tmp_path}/cifar10 {tmp_path}/tinyimagenet\n'
+                  f'echo same | tee {tmp_path}/cifar10/targets.pt > {tmp_path}/tinyimagenet/targets.pt')
+    done = run_all("table4", OUT=str(tmp_path), SETS="none", PYTHON=python)
+    assert done.returncode == 2 and done.stderr == "error: no\n"
+    assert all(f"of {name}\n" in table.read_text() for name in ("cifar10", "cifar100", "tinyimagenet"))
 
 
 def test_targets_of_another_folder_stay(stub, tmp_path):

@@ -310,7 +310,7 @@ def test_options_that_do_not_go_with_an_objective(copy, tmp_path):
     refused("distill", supervised, "--init high_loss --method krr_st", "--init high_loss", "supervised")
     refused("distill", simclr, "--name x --batch_syn 1", "--batch_syn 1", "simclr")
     refused("distill", simclr, "--name x --fraction 0.007", "--fraction", "1 of 150")
-    refused("distill", simclr, "--name x --max_experts 4", "--max_experts 4", "has 3")
+    refused("distill", simclr, "--name x --max_experts 4", "experts: has 3 of 4")
     refused("distill", simclr, "--name x --width 9", "0000.pt", "--width")
 
 

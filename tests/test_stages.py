@@ -215,6 +215,7 @@ def test_same_seed_same_files(run_dir, tmp_path):
 
     run("train_teacher", tmp_path)
     run("train_experts", tmp_path, "--first_expert 2 --num_experts 1")  # alone as among many
+    refused("train_experts", tmp_path, "--lr 0.3", "0002.pt", "--lr 0.3")  # distill.py wants all alike
     run("train_experts", tmp_path)
     run("distill", tmp_path, "--iters 1")
     run("evaluate", tmp_path, "--sets none mkdt_high_loss")
@@ -431,6 +432,7 @@ def test_any_encoder(tmp_path, monkeypatch):
                            (f"hub:{hub}:broken", "example.org/weights.pth"), (f"hub:{hub}:none", "none"),
                            (f"hub:{hub}:twice", "(128, 3) for 64 images"), (f"hub:{hub}:a_dict", "dict"),
                            (f"hub:{hub}:no_module", "int"), (f"hub:{hub}:leaves", "SystemExit"), ("hub:x",),
+                           (f"hub:{hub}/lite:x", f"no folder {hub}/lite"),
                            ("hub:no/where:x", "https://github.com/no/where", "hub:DIR:x")]:
         refused("train_teacher", tmp_path / "y", f"--encoder {option}", f"--encoder {option}", *words)
     refused("train_teacher", tmp_path / "y", f"--encoder hub:{hub}:constant --target_dim 2", "are the same")
@@ -1103,8 +1105,9 @@ def test_a_start_that_does_not_fit(copy, tmp_path, start):
     for parts, *words in [
         ({"images": first["images"][:, :, :4]}, "(15, 1, 4, 8)"), ({"mean": torch.zeros(3)}, "mean (3,)"),
         ({"targets": first["targets"][:3]}, "(3, 32)"), ({"targets": first["targets"][:, :3]}, "(15, 3)"),
-        ({"std": torch.zeros(1, 1)}, "std (1, 1)"), ({"targets_id": "x"}, "other targets"),
-        ({"lr": -1}, "'lr'"), ({"indices": torch.zeros(3)}, "indices (3,)"), ({"indices": "x"}, "indices ()"),
+        ({"std": torch.zeros(1, 1)}, "std (1, 1)"), ({"std": torch.zeros(1)}, "above 0"),
+        ({"targets_id": "x"}, "other targets"), ({"lr": -1}, "'lr'"),
+        ({"indices": torch.zeros(3)}, "indices (3,)"), ({"indices": "x"}, "indices ()"),
         ({"mean": torch.tensor([math.nan])}, "finite")]:
         torch.save({**first, **{k: v.clone() if torch.is_tensor(v) else v for k, v in parts.items()}},
                    copy / "sets/x.pt")
