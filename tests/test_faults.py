@@ -238,6 +238,8 @@ def test_other_peoples_files_and_what_is_no_file(copy, run, tmp_path):
 def test_the_wrong_checkpoint(name, option, value, copy, run, capsys, unmade):
     """It says which option differs, then and now; what does not count may differ."""
     argv, path, _ = unmade(CHECKPOINTS[name], killed=True)
+    for expert in copy.glob("experts/*.pt") if name == "train_experts" else ():
+        expert.unlink()  # those of a folder are all alike
     before, data, words = snapshot(copy), path.read_bytes(), (f"now {option} {value}", "remove it")
     message = refuses(lambda: run(name, [*argv, option, value], copy), path, *words)
     assert message.count(f"{option} ") == 2 and snapshot(copy) == before
@@ -247,8 +249,6 @@ def test_the_wrong_checkpoint(name, option, value, copy, run, capsys, unmade):
     unmade(CHECKPOINTS[name])
     path.write_bytes(data)
     path.unlink()
-    for expert in copy.glob("experts/*.pt") if name == "train_experts" else ():
-        expert.unlink()  # those of a folder are all alike
     run(name, [*argv, option, value], copy)
     assert "going on" not in capsys.readouterr().out and not path.exists()
 
