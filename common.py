@@ -1116,7 +1116,7 @@ def load_set(path, data, dim=None):
     for name, fit in {**fits, "std": shape[:1], **({"indices": (size,)} if dim else {})}.items():
         there = tuple(getattr(found[name], "shape", ()))
         if there != fit or not found[name].isfinite().all() or name == "std" and found[name].min() <= 0:
-            raise Problem(f"{path}: its {name} {there} would be finite numbers {fit} here, std above 0; give "
+            raise Problem(f"{path}: its {name} {there} should be finite numbers {fit}, std above 0; give "
                           "another set, or the --dataset and --image_size that it was made with")
     if any(found[name].tolist() != getattr(data, name).tolist() for name in ("mean", "std")):
         theirs = data._replace(mean=found["mean"], std=found["std"])
@@ -1124,7 +1124,7 @@ def load_set(path, data, dim=None):
     return found
 
 
-def check_same(path, contents, stage, now, advice="move it away, or choose another --out_dir (OUT)"):
+def check_same(path, contents, stage, now, advice="move such files away or change --out_dir (OUT) or --name"):
     """Raises Problem if a file's contents were made by a stage with other options or ids than now has.
 
     now: {option or id: value}. What one does not name is no difference: a fork's file may say nothing.

@@ -589,7 +589,7 @@ def main(args):
     data, all_targets, made = common.load_targets(args, args.objective)
     n, channels, px = data.images.shape[:3]
     folder = args.out_dir / "sets"
-    options, path = common.recipe(args), folder / f"{args.name}.pt"
+    options, path = common.recipe(args, ["max_experts"]), folder / f"{args.name}.pt"
     unfinished = folder / f"{args.name}.checkpoint"
     log = common.Log(args.out_dir / f"distill_{args.name}.jsonl", args)
 
@@ -626,7 +626,7 @@ def main(args):
     elif lr == "auto":
         lr, tried = find_rate(args, images, targets, net, data, trajectories, functions)
     syn = SyntheticSet(images, targets, lr, args.log_lr)
-    now |= {"experts": len(paths), **ids}
+    now |= {"max_experts": len(paths), **ids}
 
     def checkpoint_of(**parts):
         checkpoint = common.Checkpoint(unfinished, args, now, log, syn=syn, indices=indices, **parts)

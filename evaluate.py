@@ -532,6 +532,7 @@ def caption(args, rows, downstream, budgets, paper, base):
     if base:
         texts.append(f"Differences to the {row_title(base)}: paired by seed, ± standard error.")
     texts += [f"Pre-training with --augment {args.augment}."] * (args.augment != "none")
+    texts += [f"Full data: lr {args.lr:g}."] * any(name == "full" for name, _ in rows)
     texts += [f"Precision: {args.precision}."] * (args.precision != "fp32")
     if args.paper:
         known = any(d in downstream and (f, None) in budgets for _, d, f in paper)
@@ -568,8 +569,7 @@ def main(args):
     make_encoder(args, 1, data.images.shape[-1], channels)  # refused here, if it cannot be
     log, results = common.Log(args.out_dir / "evaluate.jsonl", args), args.out_dir / "results.jsonl"
     # What is a record's own, or in the id of its set (lr), is no option of it.
-    of_cell = ("sets", "lr", "downstream", "fractions", "seeds", "paper", "probe_at")
-    options = common.recipe(args, of_cell)
+    options = common.recipe(args, ("sets", "lr", "downstream", "fractions", "seeds", "paper", "probe_at"))
     ids = {name: made[name] for name in ("images_id", "targets_id") if full or name == "images_id"}
 
     no_file = {"none": (None, None, None), "full": (data.images, all_targets, args.lr)}

@@ -395,7 +395,7 @@ def compare(task, args):
     def difference(a, b):
         return max(float(np.linalg.norm(x - y) / np.linalg.norm(x)) for x, y in zip(a, b))
 
-    with (process(args, task == "teacher", function, "baseline") as baseline,
+    with (process(args, task == "teacher" or "bf16" in task, function, "baseline") as baseline,
           process(args, True, function, "ours") as ours):
         pairs = [tuple(pool.submit(once, same and i == 0).result() for pool in (baseline, ours))
                  for i in range(args.repeats + 1)]  # the first warms up, and compiles

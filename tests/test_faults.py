@@ -256,7 +256,7 @@ def test_the_wrong_checkpoint(name, option, value, copy, run, capsys, unmade):
 def test_other_experts_are_another_run(copy, run, unmade):
     argv, path, _ = unmade("sets/mkdt_random.checkpoint", killed=True)
     (copy / "experts/0003.pt").write_bytes((copy / "experts/0000.pt").read_bytes())
-    refuses(lambda: run("distill", argv, copy), path, "experts 3", "experts 4")
+    refuses(lambda: run("distill", argv, copy), path, "max_experts 3", "max_experts 4")
     (copy / "experts/0003.pt").replace(copy / "experts/0000.pt")
     (copy / "experts/0001.pt").replace(copy / "experts/0002.pt")
     shutil.copy(copy / "experts/0002.pt", copy / "experts/0001.pt")

@@ -128,6 +128,11 @@ def test_high_loss_subset_and_max_experts(copy):
     run("distill", folder, "--init high_loss --iters 0 --max_experts 1")
     subset = read(folder / "sets/subset_high_loss.pt")
     assert torch.equal(subset["indices"], loss.topk(N // 10).indices)
+    all_three = "--init high_loss --iters 0 --name all"
+    run("distill", folder, all_three)
+    shutil.copy(folder / "experts/0000.pt", folder / "experts/0003.pt")
+    refused("distill", folder, all_three, "all.pt", "other experts")
+    run("distill", folder, f"{all_three} --max_experts 3")  # as before the fourth
 
 
 # -- the variance of gradients -------------------------------------------------------------------------------
