@@ -372,8 +372,8 @@ def find_experts(args):
     paths = sorted(path for path in folder.glob("*.pt") if re.fullmatch(r"\d{4,}", path.stem))
     if len(paths) < (args.max_experts or 1):
         raise Problem(f"{folder}: has {len(paths)} of {args.max_experts or 1} experts; run train_experts.py")
-    made = common.load(paths[0], {}, "train_experts.py", mmap=True).get("options", {})
-    objective = (made := made.get("train_experts", {})).get("objective", "kd")
+    options = common.load(paths[0], {}, "train_experts.py", mmap=True).get("options", {})
+    objective = (made := options.get("train_experts", {})).get("objective", "kd")
     inits = INITS if objective in common.LOSSES else ["random"]  # SSL has no loss of single images
     if objective == "supervised":  # without a teacher, whose targets KRR-ST and SAS want
         inits = ["random"] if args.method == "krr_st" else ["high_loss", "random"]

@@ -139,7 +139,7 @@ def main(args):
     experts = range(args.first_expert, args.first_expert + args.num_experts)
     paths = {k: args.out_dir / "experts" / f"{k:04d}.pt" for k in experts}
     keys = {"trajectory": 2, "example_loss": 1}
-    for path in sorted(paths[experts[0]].parent.glob("[0-9]*.pt"))[:1]:  # distill.py wants all alike
+    for path in sorted(paths[experts[0]].parent.glob("[0-9]" * 4 + ".pt"))[:1]:  # distill.py wants all alike
         common.is_done(path, {"train_experts": now}, keys)
     missing = [k for k in experts if not common.is_done(paths[k], {"train_experts": now}, keys)]
     common.wait_for_all()  # or one would find the first file of another
