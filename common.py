@@ -1107,7 +1107,7 @@ def load_targets(args, objective="kd"):
 def load_set(path, data, dim=None):
     """What a set's file holds, its images normalised by the mean and std of data, an ImageSet.
 
-    Of a file without mean and std they are taken to be so. Raises Problem if it does not fit data or D = dim.
+    A file without mean and std is taken as it is. Raises Problem if it does not fit data, or a start D = dim.
     """
     found = load(path, {"images": 4, "targets": 2, "lr": 0}, "distill.py")
     size, shape = len(found["images"]), tuple(data.images.shape[1:])
@@ -1115,9 +1115,10 @@ def load_set(path, data, dim=None):
     fits = dict(images=(size, *shape), targets=(size, dim or found["targets"].shape[1]), mean=shape[:1])
     for name, fit in {**fits, "std": shape[:1], **({"indices": (size,)} if dim else {})}.items():
         there = tuple(getattr(found[name], "shape", ()))
-        if there != fit or not found[name].isfinite().all() or name == "std" and found[name].min() <= 0:
-            raise Problem(f"{path}: its {name} {there} should be finite numbers {fit}, std above 0; give "
-                          "another set, or the --dataset and --image_size that it was made with")
+        fine = there == fit and found[name].isfinite().all() and (name != "std" or found[name].min() > 0)
+        if not fine or name == "indices" and found[name].dtype != torch.int64:
+            raise Problem(f"{path}: its {name} {there} should be finite {fit}, std above 0, indices int64; "
+                          "give another set, or the --dataset and --image_size that it was made with")
     if any(found[name].tolist() != getattr(data, name).tolist() for name in ("mean", "std")):
         theirs = data._replace(mean=found["mean"], std=found["std"])
         found["images"] = normalise(denormalise(found["images"], theirs), data)

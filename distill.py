@@ -402,9 +402,8 @@ def load_experts(paths, num_images, num_parameters, made):
         if loss.shape != (num_images,) or trajectory.shape != shape:
             raise Problem(f"{path}: has {len(loss)} example losses and {len(trajectory) - 1} epochs, here "
                           f"{num_images} and {shape[0] - 1}; make it again with train_experts.py")
-        ids = {"images_id": made["images_id"], "targets_id": made["targets_id"]}
         advice = f"as {paths[0]}; make them all again with the same options, or move one kind away"
-        common.check_same(path, expert, "train_experts", {**options.get("train_experts", {}), **ids}, advice)
+        common.check_same(path, expert, "train_experts", {**options.get("train_experts", {}), **made}, advice)
         trajectories.append(trajectory)
         losses.append(loss)
     return trajectories, losses, {**made["options"], **options}
@@ -603,7 +602,7 @@ def main(args):
     if args.init not in INITS:
         found = common.load_set(args.init, data, all_targets.shape[1])
         common.check_same(args.init, found, "", {"targets_id": made["targets_id"]}, "give another set")
-        images, targets, indices = found["images"], found["targets"], found["indices"].long()
+        images, targets, indices = found["images"], found["targets"], found["indices"]
         lr, options["init"] = args.lr_init or found["lr"], Path(args.init).name
         ids["init_id"] = common.fingerprint(images, targets, found["lr"], indices)
     now = {**options, "images_id": made["images_id"], "targets_id": made["targets_id"]}

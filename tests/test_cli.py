@@ -294,9 +294,9 @@ WRONG = [  # words, variables, and what a script says as it reads its options; "
         "table1 mnist", "table1 rehearse digits")),
     *(("", {name: value}, said) for said, name, *values in (
         ("", "DISTILL_SEEDS", "a", "99999999999"), ("", "PROCESSES", "two", "0"),
-        ("", "SETS", "mkdt_raised", "best_random_9999999999", "gan_random", "subset_easy"),
-        ("", "SETS", "mkdt_random:gan"),
-        ("", "SETS", "mkdt_random_auto", "mkdt_random_0", "subset_random_9", "best_raised_random"),
+        ("", "SETS", "mkdt", "gan_random", "subset_easy", "mkdt_random_auto", "mkdt_random_0"),
+        ("", "SETS", "subset_random_9", "mkdt_random:gan", "best_raised_random", "mkdt_raised"),
+        ("", "SETS", "best_random_9999999999"),
         ("", "FRACTION", "abc", "5%", "0,05", "1/20", "-1", "7", ".", "0.0"),
         ("", "DOWNSTREAM", "digits mnist", "digits imagefolder:/no/folder", "images:/tmp", "images"),
         ("", "DISTILL", "--iters 3 --fraction 0.1", "--seed=1", "--iters 3\n--seed\t5"),

@@ -1108,7 +1108,7 @@ def test_a_start_that_does_not_fit(copy, tmp_path, start):
         ({"std": torch.zeros(1, 1)}, "std (1, 1)"), ({"std": torch.zeros(1)}, "above 0"),
         ({"targets_id": "x"}, "other targets"), ({"lr": -1}, "'lr'"),
         ({"indices": torch.zeros(3)}, "indices (3,)"), ({"indices": "x"}, "indices ()"),
-        ({"mean": torch.tensor([math.nan])}, "finite")]:
+        ({"indices": torch.zeros(15)}, "int64"), ({"mean": torch.tensor([math.nan])}, "finite")]:
         torch.save({**first, **{k: v.clone() if torch.is_tensor(v) else v for k, v in parts.items()}},
                    copy / "sets/x.pt")
         refuses(lambda: start("x"), "x.pt", *words, what=words)
